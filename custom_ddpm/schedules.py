@@ -1,0 +1,120 @@
+"""β schedules (F4): pure functions in float64.
+
+A schedule is one vector β_1 … β_T, 0 < β_t < 1; everything else (ᾱ, the posterior, the SNR) follows from it.
+Two families exist. Some name β itself between `beta_start` and `beta_end` (linear, scaled_linear, sigmoid): their
+meaning depends on T. Others name the curve ᾱ(u) on u ∈ [0, 1] and read β off it (squaredcos_cap_v2, laplace, exp):
+they keep their shape whatever T is. `resample_betas` gives the first family that property too.
+
+This file stands alone: it is shipped beside `scheduler.py` in every model repository.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+
+def _laplace_alpha_bar(u: float) -> float:
+    # √ of the paper's ᾱ, and 1e-6 inside the logarithm: diffusers' reading, kept so that configurations interchange.
+    log_snr = -0.5 * math.copysign(1.0, 0.5 - u) * math.log(1.0 - 2.0 * abs(0.5 - u) + 1e-6)
+    return math.sqrt(1.0 / (1.0 + math.exp(-log_snr)))
+
+
+ALPHA_BAR_CURVES: dict[str, Callable[[float], float]] = {
+    # Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, without its constant factor, which cancels in β.
+    "squaredcos_cap_v2": lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2.0) ** 2,
+    # Hang et al. 2024 (arXiv:2407.03297), Laplace density of log-SNR, μ = 0, b = 1/2.
+    "laplace": _laplace_alpha_bar,
+    "exp": lambda u: math.exp(-12.0 * u),
+}
+BETA_RANGES: dict[str, Callable[[float, float, int], torch.Tensor]] = {
+    # Ho et al. 2020 (arXiv:2006.11239), section 4.
+    "linear": lambda start, end, n: torch.linspace(start, end, n, dtype=torch.float64),
+    # Rombach et al. 2022 (arXiv:2112.10752): linear in √β.
+    "scaled_linear": lambda start, end, n: torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2,
+    # Xu et al. 2022, GeoDiff (arXiv:2203.02923).
+    "sigmoid": lambda start, end, n: (
+        torch.sigmoid(torch.linspace(-6.0, 6.0, n, dtype=torch.float64)) * (end - start) + start
+    ),
+}
+BETA_SCHEDULES = (*BETA_RANGES, *ALPHA_BAR_CURVES)
+MAX_BETA = 0.999
+
+
+def make_betas(
+    beta_schedule: str = "linear",
+    num_train_timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+) -> torch.Tensor:
+    """β_1 … β_T of a named schedule (F4).
+
+    Args:
+        beta_schedule: One of `BETA_SCHEDULES`.
+        num_train_timesteps: T >= 1.
+        beta_start: β_1, in (0, 1); used by linear, scaled_linear and sigmoid only.
+        beta_end: β_T, in (0, 1); used by linear, scaled_linear and sigmoid only.
+
+    Returns:
+        float64 tensor of shape (T,).
+
+    Raises:
+        NotImplementedError: unknown `beta_schedule` (the exception diffusers raises).
+    """
+    if beta_schedule in BETA_RANGES:
+        return BETA_RANGES[beta_schedule](beta_start, beta_end, num_train_timesteps)
+    if beta_schedule not in ALPHA_BAR_CURVES:
+        raise NotImplementedError(
+            f"beta_schedule {beta_schedule!r} is not implemented; choose one of {', '.join(BETA_SCHEDULES)}"
+        )
+    alpha_bar = ALPHA_BAR_CURVES[beta_schedule]
+    curve = torch.tensor(
+        [alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps + 1)], dtype=torch.float64
+    )
+    return (1.0 - curve[1:] / curve[:-1]).clamp(max=MAX_BETA)
+
+
+def log_alphas_cumprod(betas: torch.Tensor) -> torch.Tensor:
+    """log ᾱ_t = Σ_{s<=t} log(1−β_s) (F9), float64 of shape (T,); −inf where ᾱ_t = 0.
+
+    The logarithm is what is kept, because every difference of the derivation comes from it without cancellation:
+    1−ᾱ_t = −expm1(log ᾱ_t) and 1−ᾱ_t/ᾱ_s = −expm1(log ᾱ_t − log ᾱ_s).
+    """
+    return torch.log1p(-betas.double()).cumsum(0)
+
+
+def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
+
+    Args:
+        betas: (T,), T >= 2, each in (0, 1].
+
+    Returns:
+        float64 (T,); its last value is exactly 1.
+    """
+    root = (0.5 * log_alphas_cumprod(betas)).exp()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alphas = (root[1:] / root[:-1]) ** 2
+    return torch.cat([betas[:1].double(), 1.0 - alphas])
+
+
+def resample_betas(betas: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """The same ᾱ curve cut into another number of steps.
+
+    `make_betas("linear", 200)` ends at ᾱ_T = 0.13: β stayed in 1e-4 … 0.02 while the number of steps fell, so a fifth
+    of the noise is added and x_T still shows the picture. `resample_betas(make_betas("linear", 1000), 200)` ends
+    where the 1000 steps end. log ᾱ is read at u = t/T, linearly between the given steps; where T divides the given
+    number of steps the new ᾱ are values of the old. Hand the result to the scheduler as `trained_betas`.
+
+    Args:
+        betas: (T₀,), each in (0, 1).
+        num_train_timesteps: the new T >= 1.
+
+    Returns:
+        float64 (T,).
+    """
+    logs = torch.cat([torch.zeros(1, dtype=torch.float64), log_alphas_cumprod(betas)])
+    position = torch.arange(num_train_timesteps + 1, dtype=torch.float64) * (len(betas) / num_train_timesteps)
+    left = position.floor().long().clamp(max=len(betas) - 1)
+    logs = torch.lerp(logs[left], logs[left + 1], position - left)
+    return -torch.expm1(logs.diff())
