@@ -32,6 +32,7 @@ VARIANCE_TYPES = (
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 # Schedules that most of diffusers' other schedulers do not know by name; they get the numbers instead.
 _SPELLED_OUT_SCHEDULES = ("sigmoid", "laplace", "exp")
+_SMALLEST_VARIANCE = 1e-20  # keeps the logarithm finite
 
 
 @dataclass
@@ -129,12 +130,15 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
                 )
         else:
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
-            if beta_schedule in _SPELLED_OUT_SCHEDULES:
-                self.register_to_config(trained_betas=betas.tolist())
-        if not bool(((betas > 0) & (betas <= 1)).all()):
+        if not bool((betas > 0).all() and (betas[:-1] < 1).all() and betas[-1] <= 1):
             raise ValueError(
-                f"betas run from {betas.min().item():g} to {betas.max().item():g}; each must be in (0, 1] (F4)"
+                f"betas run from {betas.min().item():g} to {betas.max().item():g}; each must be in (0, 1), the last in "
+                "(0, 1] (F4)"
             )
+        if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
+            self.register_to_config(trained_betas=betas.tolist())
+        # Other schedulers have other defaults (β_T = 0.012, say); `from_config` of theirs shall get ours.
+        self.register_to_config(_use_default_values=[])
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
@@ -154,11 +158,13 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         self._original_sample_variances = None
         if variance_type == "analytic":
-            variances = torch.as_tensor(original_sample_variances or [], dtype=torch.float64)
+            variances = torch.as_tensor(
+                [] if original_sample_variances is None else original_sample_variances, dtype=torch.float64
+            )
             if variances.shape != (num_train_timesteps,) or not bool((variances >= 0).all()):
                 raise ValueError(
-                    f"variance_type 'analytic' needs original_sample_variances: {num_train_timesteps} numbers >= 0, one "
-                    f"a timestep; got {len(variances)}"
+                    f"variance_type 'analytic' needs original_sample_variances: {num_train_timesteps} numbers >= 0, "
+                    f"one a timestep; got {len(variances)}"
                 )
             self._original_sample_variances = variances
 
@@ -223,7 +229,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         # For every t the next lower scheduled timestep, −1 after the last: x_{t} steps to x_{previous[t]}.
         ascending = np.concatenate([[-1], chosen[::-1]])
         position = np.searchsorted(ascending, np.arange(self.config.num_train_timesteps)) - 1
-        self._previous_table = torch.from_numpy(ascending[position])
+        self._previous_table = torch.from_numpy(ascending[position]).to(device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """The timestep that `step` goes to from `timestep`; −1 is x_0. An int gives an int, a tensor a tensor."""
@@ -248,7 +254,11 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
             dtype = torch.float32 if like.device.type == "mps" else torch.float64
             self._log_table = self._log_alphas_cumprod.to(device=like.device, dtype=dtype)
         # index_select, not [...]: a timestep below −1 must be an error, not a value counted from the end.
-        return self._log_table.index_select(0, timesteps + 1).view(-1, *[1] * (like.ndim - 1))
+        return self._per_sample(self._log_table.index_select(0, timesteps + 1), like)
+
+    @staticmethod
+    def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, *[1] * (like.ndim - 1))
 
     def _previous(self, timesteps: torch.Tensor) -> torch.Tensor:
         if self._previous_table.device != timesteps.device:
@@ -350,7 +360,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type = prediction_type or self.config.prediction_type
         _require("prediction_type", prediction_type, (*PREDICTION_TYPES, "score"))
         if prediction_type == "sample":
-            return model_output
+            return model_output.to(sample.dtype)
         log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
         root, beta_bar = (0.5 * log_t).exp(), -torch.expm1(log_t)
         if prediction_type == "epsilon":
@@ -370,7 +380,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type = prediction_type or self.config.prediction_type
         _require("prediction_type", prediction_type, (*PREDICTION_TYPES, "score"))
         if prediction_type == "epsilon":
-            return model_output
+            return model_output.to(sample.dtype)
         log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
         root, sigma = (0.5 * log_t).exp(), (-torch.expm1(log_t)).sqrt()
         if prediction_type == "sample":
@@ -402,7 +412,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         """∇ log q(x_t) = −ε̂/√(1−ᾱ_t) (Song et al. 2021, arXiv:2011.13456). Arguments as above."""
         epsilon = self.predict_epsilon(model_output, timesteps, sample, prediction_type)
         log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        return (epsilon * (-1.0 / (-torch.expm1(log_t)).sqrt()).to(epsilon.dtype)).to(sample.dtype)
+        scale = -1.0 / (-torch.expm1(log_t)).sqrt()
+        return self._mix(sample.dtype, scale, epsilon, torch.zeros_like(scale), sample)
 
     # ---- reverse: Bayes ----
 
@@ -477,16 +488,14 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
             return large.log()
         if kind == "analytic":
             # Law of total variance: that of the posterior, plus that of x_0 carried over by the posterior's mean.
-            of_x0 = self._original_sample_variances.to(small).index_select(0, timesteps).view_as(small)
-            return torch.where(last_step, small, posterior + of_original**2 * of_x0).log()
-        if predicted_variance is None:
-            raise ValueError(
-                f"variance_type {kind!r} needs a model with twice the sample's channels; the second half is the variance"
-            )
+            self._original_sample_variances = self._original_sample_variances.to(small)
+            of_x0 = self._per_sample(self._original_sample_variances.index_select(0, timesteps), small)
+            return (posterior + of_original**2 * of_x0).clamp(min=_SMALLEST_VARIANCE).log()
+        assert predicted_variance is not None  # `split_model_output` saw to it
         predicted = predicted_variance.to(torch.promote_types(predicted_variance.dtype, torch.float32))
         if kind == "learned":
-            # A network's output has no sign of its own; the floor keeps the logarithm finite.
-            return (eta**2 * predicted).clamp(min=1e-20).log()
+            # A network's output has no sign of its own.
+            return (eta**2 * predicted).clamp(min=_SMALLEST_VARIANCE).log()
         weight = (predicted + 1.0) / 2.0
         return weight * large.log().to(predicted) + (1.0 - weight) * small.log().to(predicted)
 
@@ -498,6 +507,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         prev_timesteps: int | torch.Tensor | None = None,
         *,
         eta: float = 1.0,
+        limit: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """p_θ(x_s | x_t) = N(mean, σ²): x̂_0 of the model (R5), limited, in the place of x_0 in the posterior (R4, R7).
 
@@ -509,28 +519,46 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
             sample: x_t, (B, C, ...).
             prev_timesteps: s in [−1, t); t−1 if None.
             eta: in [0, 1]; see `posterior_mean_variance`.
+            limit: False leaves x̂_0 unclipped, so that a loss on it has a gradient everywhere.
 
         Returns:
             mean, shape and dtype of `sample`; log σ² by `variance_type`, in at least float32 and broadcastable to it
             (−inf where nothing is added; at s = −1 the smallest β̃ that is not 0 stands for 0); x̂_0.
 
         Raises:
-            ValueError: learned variance without its channels.
+            ValueError: a model output whose shape does not fit the sample and `variance_type`.
         """
         t = self._as_index(timesteps, sample)
         s = t - 1 if prev_timesteps is None else self._as_index(prev_timesteps, sample)
-        prediction, predicted_variance = self._split(model_output, sample)
-        original_sample = self._limit(self.predict_original_sample(prediction, t, sample))
+        prediction, predicted_variance = self.split_model_output(model_output, sample)
+        original_sample = self.predict_original_sample(prediction, t, sample)
+        if limit:
+            original_sample = self._limit(original_sample)
         of_original, of_sample, posterior, beta = self._posterior_coefficients(t, s, sample, eta)
         mean = self._mix(sample.dtype, of_original, original_sample, of_sample, sample)
-        last_step = (s < 0).view_as(posterior)
+        last_step = self._per_sample(s < 0, sample)
         log_variance = self._log_variance(predicted_variance, t, last_step, of_original, posterior, eta**2 * beta, eta)
         return mean, log_variance.to(torch.promote_types(sample.dtype, torch.float32)), original_sample
 
-    def _split(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def split_model_output(
+        self, model_output: torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the model says of x_0, (B, C, ...), and of the variance: (B, C, ...) if it is learned, None if not.
+
+        Raises:
+            ValueError: `model_output` is not (B, 2C, ...) for a learned variance, or not of the sample's shape else.
+        """
+        shape = list(sample.shape)
         learned = self.config.variance_type in ("learned", "learned_range")
-        if learned and model_output.shape[1] == 2 * sample.shape[1]:
-            prediction, predicted_variance = model_output.split(sample.shape[1], dim=1)
+        if learned:
+            shape[1] *= 2
+        if list(model_output.shape) != shape:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)}; with variance_type {self.config.variance_type!r} "
+                f"and a sample of shape {tuple(sample.shape)} it must have {tuple(shape)}"
+            )
+        if learned:
+            prediction, predicted_variance = model_output.chunk(2, dim=1)
             return prediction, predicted_variance
         return model_output, None
 
@@ -574,7 +602,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
             `CustomDDPMSchedulerOutput`, tensors of the shape and dtype of `sample`.
 
         Raises:
-            ValueError: learned variance without its channels.
+            ValueError: a model output whose shape does not fit the sample and `variance_type`.
         """
         t = self._as_index(timestep, sample)
         s = self._previous(t)
@@ -587,7 +615,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
                 variance_noise = randn_tensor(
                     sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
                 )
-            adds_noise = (s >= 0).view(-1, *[1] * (sample.ndim - 1))
+            adds_noise = self._per_sample(s >= 0, sample)
             sigma = torch.where(adds_noise, (0.5 * log_variance).exp(), 0.0)
             prev_sample = torch.addcmul(mean.to(sigma), sigma, variance_noise.to(sigma)).to(sample.dtype)
 
