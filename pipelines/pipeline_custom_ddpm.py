@@ -1,0 +1,303 @@
+"""`CustomDDPMPipeline`: Algorithm 2 (S1), unconditional or by class with guidance.
+
+This file imports torch and diffusers only, and is shipped at the root of every model repository, so that
+`DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works where this package is not installed.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class CustomDDPMPipeline(DiffusionPipeline):
+    """Pictures from noise.
+
+    Args:
+        unet: `CustomUNet2DModel` (or `UNet2DModel`): (x_t, t[, class_labels]) -> what the scheduler's `prediction_type`
+            names.
+        scheduler: `CustomDDPMScheduler`, or any of diffusers' compatible schedulers.
+        id2label: class names by label, for a class-conditional model. A model with one embedding more than there are
+            classes was trained with labels dropped, and its last embedding means "no class": guidance needs it.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: Any, scheduler: Any, id2label: dict | None = None):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        # JSON turns the keys into strings.
+        self.register_to_config(id2label=id2label and {int(label): str(name) for label, name in id2label.items()})
+
+    # ---- sampling ----
+
+    def _null_label(self) -> int | None:
+        embeddings, id2label = self.unet.config.num_class_embeds, self.config.id2label
+        return embeddings - 1 if embeddings and id2label and embeddings == len(id2label) + 1 else None
+
+    def _labels(self, class_labels: Any, batch_size: int, guidance_scale: float) -> list[int] | None:
+        """One label per image, or None for an unconditional model; ValueError says what does not fit."""
+        embeddings, null = self.unet.config.num_class_embeds, self._null_label()
+        if not embeddings:
+            if class_labels is not None:
+                raise ValueError("class_labels were given, but this model is unconditional; leave them out")
+            if guidance_scale != 1.0:
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}, but this model is unconditional; leave it at 1.0"
+                )
+            return None
+        if class_labels is None:
+            if null is None:
+                raise ValueError(f"this model needs class_labels: integers in [0, {embeddings}) or class names")
+            if guidance_scale != 1.0:
+                raise ValueError(f"guidance_scale is {guidance_scale}, but there are no class_labels to guide to")
+            return [null] * batch_size
+        if guidance_scale != 1.0 and null is None:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}, but this model was trained without label dropout, so that there is "
+                "nothing to guide away from; leave it at 1.0"
+            )
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, int | str):
+            class_labels = [class_labels] * batch_size
+        label_of = {name: label for label, name in (self.config.id2label or {}).items()}
+        labels = [label_of.get(entry, entry) if isinstance(entry, str) else int(entry) for entry in class_labels]
+        for label in labels:
+            if not isinstance(label, int) or not 0 <= label < embeddings:
+                known = f" or one of {', '.join(label_of)}" if label_of else ""
+                raise ValueError(f"class label {label!r} is unknown; use an integer in [0, {embeddings}){known}")
+        return labels
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw pictures (Algorithm 2, S1).
+
+        Args:
+            batch_size: number of pictures; taken from `class_labels` or `latents` where those are one per picture.
+            class_labels: label or class name, one for all or one per picture. Without it a class-conditional model
+                that was trained with label dropout draws unconditionally.
+            guidance_scale: w of classifier-free guidance, ε̂ = ε(∅) + w (ε(c) − ε(∅)) (Ho & Salimans 2022,
+                arXiv:2207.12598); 1.0 is none.
+            num_inference_steps: steps of the reverse process; None takes all T that the model was trained with.
+            eta: 1 is DDPM, 0 is DDIM; None takes the scheduler's own default. Refused where the scheduler has no eta.
+            generator: one for the batch, or a list of one per picture: then a picture does not depend on its batch.
+            latents: x_T itself, (B, C, H, W); drawn from `generator` if None.
+            output_type: "pil", "np" ((B, H, W, C) float32 in [0, 1]) or "pt" ((B, C, H, W), the same range).
+            return_dict: False gives a tuple.
+            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": x}) after each step; may return
+                {"latents": ...} to replace them.
+            callback_on_step_end_tensor_inputs: what that dictionary holds; "latents" is all there is.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`; gray pictures come as PIL mode "L".
+
+        Raises:
+            ValueError: an argument that does not fit this model; the message names it.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs is {callback_on_step_end_tensor_inputs}; only 'latents' is there"
+            )
+        step_options = {}
+        if eta is not None:
+            if "eta" not in inspect.signature(self.scheduler.step).parameters:
+                raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta; leave it out")
+            if not 0.0 <= eta <= 1.0:
+                raise ValueError(f"eta is {eta}; it must be between 0 (DDIM) and 1 (DDPM)")
+            step_options["eta"] = eta
+        if batch_size == 1:
+            for per_picture in (class_labels, latents):
+                if isinstance(per_picture, list | tuple | torch.Tensor):
+                    batch_size = len(per_picture)
+        labels = self._labels(class_labels, batch_size, guidance_scale)
+        if labels is not None and len(labels) != batch_size:
+            raise ValueError(f"there are {len(labels)} class_labels for batch_size {batch_size}; give one per picture")
+
+        device = self._execution_device
+        config = self.unet.config
+        if latents is None:
+            if config.sample_size is None:
+                raise ValueError("the model's config has no sample_size; give latents of the size you want")
+            size = config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            shape = (batch_size, config.in_channels, height, width)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            latents = latents * self.scheduler.init_noise_sigma
+        elif latents.shape[:2] != (batch_size, config.in_channels):
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}; this call needs ({batch_size}, {config.in_channels}, height, width)"
+            )
+        # x_t stays in float32 whatever the model computes in: T small steps are summed up in it.
+        latents = latents.to(device=device, dtype=torch.float32)
+
+        conditions: dict[str, torch.Tensor] = {}
+        guided = guidance_scale != 1.0
+        if labels is not None:
+            both = [self._null_label()] * batch_size + labels if guided else labels
+            conditions["class_labels"] = torch.tensor(both, device=device)
+
+        steps = num_inference_steps or self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(steps, device=device)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+            if guided:
+                model_input = torch.cat([model_input, model_input])
+            model_output = self.unet(model_input, t, **conditions).sample.float()
+            if guided:
+                without, model_output = model_output.chunk(2)
+                C = config.in_channels  # a learned variance, in the channels after these, is not extrapolated
+                guided_part = without[:, :C] + guidance_scale * (model_output[:, :C] - without[:, :C])
+                model_output = torch.cat([guided_part, model_output[:, C:]], dim=1)
+            latents = self.scheduler.step(
+                model_output, t, latents, generator=generator, return_dict=False, **step_options
+            )[0]
+            if callback_on_step_end is not None:
+                inputs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
+
+        images = self._to_output(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @staticmethod
+    def _to_output(latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
+        """F1 undone: [−1, 1] to [0, 1], and to 8 bits for PIL."""
+        images = (latents / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return arrays
+        pixels = (arrays * 255).round().astype(np.uint8)
+        return [PIL.Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in pixels]
+
+    # ---- saving and loading ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, and lay the code files beside what they describe.
+
+        The folder then loads with this package (`CustomDDPMPipeline.from_pretrained`, which runs none of its files) and
+        without it (`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`). safetensors only.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            *args, **kwargs: as in `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: `safe_serialization=False`.
+        """
+        if kwargs.get("safe_serialization", args[0] if args else True) is False:
+            raise ValueError("safe_serialization=False would write a pickle; leave it at True")
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        push_options = {
+            name: kwargs.pop(name)
+            for name in ("repo_id", "commit_message", "private", "token", "create_pr")
+            if name in kwargs
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        for file in (index_file, *folder.glob("*/*config.json")):
+            # Where a model was loaded from says something of its maker's disk and nothing of the model.
+            saved = json.loads(file.read_text())
+            if saved.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+        index = json.loads(index_file.read_text())
+        index["_class_name"] = _lay_code(type(self), folder)
+        for name, component in self.components.items():
+            if not type(component).__module__.startswith("diffusers."):
+                index[name] = _lay_code(type(component), folder / name)
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if push_to_hub:
+            push_options.setdefault("repo_id", folder.resolve().name)
+            self.push_to_hub(**push_options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CustomDDPMPipeline":
+        """Load with the classes of the installed package; no file of the repository is run.
+
+        Takes a folder or a Hub repository, saved by this pipeline or a stock DDPM (`UNet2DModel` and `DDPMScheduler`, which
+        become `CustomUNet2DModel` and `CustomDDPMScheduler`).
+
+        Args:
+            pretrained_model_name_or_path: folder or "user/model".
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`; `torch_dtype`,
+                `variant`, `device_map` and others of `ModelMixin.from_pretrained`; `unet`, `scheduler`, `id2label` to use
+                in the place of the saved ones.
+
+        Raises:
+            OSError: no such repository, or no safetensors weights in it.
+            ValueError: a component that is neither ours nor of diffusers.
+        """
+        for name in ("custom_pipeline", "trust_remote_code"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} runs code of the repository; for that call DiffusionPipeline.from_pretrained")
+        parts = {name: kwargs.pop(name) for name in ("unet", "scheduler", "id2label") if name in kwargs}
+        hub = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+        hub_options = {name: kwargs.pop(name) for name in hub if name in kwargs}
+        index = cls.load_config(pretrained_model_name_or_path, **hub_options)
+        parts.setdefault("id2label", index.get("id2label"))
+
+        if "unet" not in parts:
+            options = {"subfolder": "unet", "use_safetensors": True, **hub_options, **kwargs}
+            custom = importlib.import_module("custom_ddpm.unet").CustomUNet2DModel
+            if index["unet"] == ["diffusers", "UNet2DModel"]:
+                parts["unet"] = custom.from_diffusers(
+                    UNet2DModel.from_pretrained(pretrained_model_name_or_path, **options)
+                )
+            elif index["unet"][1] == custom.__name__:
+                parts["unet"] = custom.from_pretrained(pretrained_model_name_or_path, **options)
+            else:
+                raise ValueError(f"unet is a {index['unet'][1]}; it must be a {custom.__name__} or a UNet2DModel")
+        if "scheduler" not in parts:
+            library, name = index["scheduler"]
+            custom = importlib.import_module("custom_ddpm.scheduler").CustomDDPMScheduler
+            scheduler_class = custom
+            if library == "diffusers" and name != DDPMScheduler.__name__:
+                scheduler_class = getattr(importlib.import_module("diffusers"), name)
+            elif name not in (custom.__name__, DDPMScheduler.__name__):
+                raise ValueError(f"scheduler is a {name}; it must be a {custom.__name__} or one of diffusers")
+            parts["scheduler"] = scheduler_class.from_pretrained(
+                pretrained_model_name_or_path, subfolder="scheduler", **hub_options
+            )
+        return cls(**parts)
+
+
+def _lay_code(component_class: type, folder: Path) -> list[str]:
+    """Copy the file of a class, and the files beside it that it imports, into `folder`; gives its model_index entry."""
+    source = Path(inspect.getfile(component_class))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (source, *map(Path, get_relative_import_files(source))):
+        target = folder / file.name
+        if file.resolve() != target.resolve():
+            shutil.copyfile(file, target)
+    return [source.stem, component_class.__name__]
