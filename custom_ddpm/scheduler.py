@@ -53,7 +53,7 @@ def _require(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
-class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
+class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """DDPM (Ho, Jain, Abbeel 2020, arXiv:2006.11239) with arguments and methods of diffusers' `DDPMScheduler`.
 
     Every coefficient is computed in float64 from log ᾱ and rounded once to the precision of the tensors it multiplies
@@ -65,7 +65,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         beta_start: β_1 of the schedules that have a range.
         beta_end: β_T of the schedules that have a range.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace" or "exp" (F4).
-        trained_betas: β_1 … β_T themselves, each in (0, 1]; the three arguments above are then unused.
+        trained_betas: β_1 … β_T themselves, each in (0, 1), the last in (0, 1]; the three arguments above are then
+            unused.
         variance_type: σ² of the reverse step. "fixed_small": β̃ (R4); "fixed_large": β; the same two with "_log";
             "learned": the second half of the model's channels is σ²; "learned_range": it interpolates between log β̃ and
             log β (Nichol & Dhariwal 2021, eq. 15); "zero": none; "analytic": the optimal one (Bao et al. 2022,
@@ -94,6 +95,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
+    config: Any
 
     @register_to_config
     def __init__(
@@ -156,17 +158,15 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.alphas = (1.0 - betas).float()
         self.alphas_cumprod = self._log_alphas_cumprod[1:].exp().float()
 
-        self._original_sample_variances = None
-        if variance_type == "analytic":
-            variances = torch.as_tensor(
-                [] if original_sample_variances is None else original_sample_variances, dtype=torch.float64
+        variances = torch.as_tensor(
+            [] if original_sample_variances is None else original_sample_variances, dtype=torch.float64
+        )
+        if variance_type == "analytic" and (variances.shape != (num_train_timesteps,) or not (variances >= 0).all()):
+            raise ValueError(
+                f"variance_type 'analytic' needs original_sample_variances: {num_train_timesteps} numbers >= 0, one a "
+                f"timestep; got {len(variances)}"
             )
-            if variances.shape != (num_train_timesteps,) or not bool((variances >= 0).all()):
-                raise ValueError(
-                    f"variance_type 'analytic' needs original_sample_variances: {num_train_timesteps} numbers >= 0, "
-                    f"one a timestep; got {len(variances)}"
-                )
-            self._original_sample_variances = variances
+        self._original_sample_variances = variances
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -197,7 +197,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Can only pass one of `num_inference_steps` or `timesteps`, and one is needed.")
-        if timesteps is not None:
+        chosen: np.ndarray
+        if num_inference_steps is None:
             chosen = np.asarray(timesteps, dtype=np.int64)
             if chosen.size == 0 or not (np.diff(chosen) < 0).all():
                 raise ValueError("`timesteps` must be in descending order, with at least one.")
