@@ -1,0 +1,179 @@
+"""What a run says of itself: progress bar, `metrics.jsonl`, trackers, and the curves as pictures."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+logger = get_logger(__name__, log_level="INFO")
+
+METRICS = "metrics.jsonl"
+LEVELS = 10  # parts of 0 … T that the loss is told apart by
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, in order; none if there is no such file."""
+    file = Path(output_dir, METRICS)
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+class Journal:
+    """Collects losses on the device and tells them every so many steps: nothing waits for the device in between.
+
+    Args:
+        accelerator: the run's.
+        output_dir: folder of `metrics.jsonl` and of the pictures.
+        num_train_timesteps: T.
+        start_step: optimiser steps done before; later lines of the file, which a resumed run comes to again, go.
+        max_train_steps: optimiser steps of the whole run.
+        images_per_step: pictures in an optimiser step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        num_train_timesteps: int,
+        start_step: int,
+        max_train_steps: int,
+        images_per_step: int,
+    ):
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.num_train_timesteps, self.images_per_step = num_train_timesteps, images_per_step
+        # Rows: sum of losses and number of samples by noise level; last, in one column each, the steps' own sums.
+        self._levels = torch.zeros(2, LEVELS, device=accelerator.device)
+        self._steps = torch.zeros(2, device=accelerator.device)
+        self._logged_step, self._logged_time, self._waited = start_step, time.perf_counter(), 0.0
+        self.bar = tqdm(
+            total=max_train_steps,
+            initial=start_step,
+            unit="step",
+            desc="Training",
+            disable=not accelerator.is_main_process,
+        )
+        if accelerator.is_main_process:
+            kept = [line for line in read_metrics(output_dir) if line["step"] <= start_step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            (output_dir / METRICS).write_text(text, encoding="utf-8")
+
+    def add_losses(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
+        """Count losses (B,) of timesteps (B,)."""
+        level = timesteps * LEVELS // self.num_train_timesteps
+        self._levels[0].index_add_(0, level, losses.detach().float())
+        self._levels[1].index_add_(0, level, torch.ones_like(losses, dtype=torch.float32))
+
+    def add_step(self, grad_norm: torch.Tensor, skipped: torch.Tensor, waited: float) -> None:
+        """Count an optimiser step: its gradient norm, whether it was skipped (0 or 1), seconds waited for data."""
+        self._steps += torch.stack([torch.where(skipped > 0, 0.0, grad_norm.float()), skipped.float()])
+        self._waited += waited
+        self.bar.update()
+
+    def log(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """Tell the means since the last call, over all processes; waits for the device.
+
+        Returns:
+            The line of `metrics.jsonl`.
+        """
+        sums, counts = self.accelerator.reduce(self._levels, "sum").tolist()
+        norms, skipped = self._steps.tolist()
+        steps, seconds = step - self._logged_step, time.perf_counter() - self._logged_time
+        line = {
+            "step": step,
+            "loss": sum(sums) / max(1.0, sum(counts)),
+            "loss_by_timestep": [s / c if c else None for s, c in zip(sums, counts, strict=True)],
+            "learning_rate": learning_rate,
+            "grad_norm": norms / max(1.0, steps - skipped),
+            "skipped_steps": int(skipped),
+            "images_per_second": steps * self.images_per_step / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self.write(line)
+        self.bar.set_postfix(
+            loss=f"{line['loss']:.4f}",
+            lr=f"{learning_rate:.1e}",
+            images_per_s=f"{line['images_per_second']:.0f}",
+        )
+        if line["data_wait"] > 0.1:
+            logger.warning(
+                f"step {step}: {line['data_wait']:.0%} of the time was spent waiting for pictures; "
+                "raise --dataloader_num_workers"
+            )
+        self._levels.zero_()
+        self._steps.zero_()
+        self.restart_clock(step)
+        return line
+
+    def restart_clock(self, step: int) -> None:
+        """Leave what was done since the last step (a checkpoint, a grid) out of the throughput."""
+        self._logged_step, self._logged_time, self._waited = step, time.perf_counter(), 0.0
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl` and pass its numbers on to the trackers."""
+        if self.accelerator.is_main_process:
+            with (self.output_dir / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        self.accelerator.log(numbers, step=line["step"])
+
+    def draw(self) -> None:
+        """Draw `loss_curve.png` and `loss_by_timestep.png` from `metrics.jsonl`."""
+        if self.accelerator.is_main_process:
+            lines = read_metrics(self.output_dir)
+            draw_loss_curve(lines, self.output_dir / "loss_curve.png")
+            draw_loss_by_timestep(lines, self.output_dir / "loss_by_timestep.png")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
+    """The training loss by step, smoothed over a twentieth of the run, and the validation loss where there is one."""
+    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    if not training:
+        return
+    steps, losses = np.array(training).T
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    width = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color="tab:blue", label="training")
+    validation = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    if validation:
+        axes.plot(
+            *np.array(validation).T, color="tab:orange", marker="o", markersize=4, label="validation (EMA weights)"
+        )
+    # The first steps are far above the rest; a logarithm shows both.
+    axes.set(xlabel="optimiser step", ylabel="loss", yscale="log", title="Loss")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def draw_loss_by_timestep(lines: list[dict[str, Any]], file: Path) -> None:
+    """The loss at each tenth of 0 … T, at the start of the run, in its middle and at its end."""
+    lines = [line for line in lines if "loss_by_timestep" in line]
+    if not lines:
+        return
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    thirds = [part for part in np.array_split(np.arange(len(lines)), min(3, len(lines))) if len(part)]
+    for part, shade in zip(thirds, ("0.75", "0.5", "tab:blue")[-len(thirds) :], strict=True):
+        rows = np.array([lines[i]["loss_by_timestep"] for i in part], dtype=float)
+        present = np.isfinite(rows)
+        mean = np.where(present, rows, 0).sum(0) / np.maximum(1, present.sum(0))
+        label = f"steps to {lines[part[-1]]['step']:,}"
+        axes.plot((np.arange(LEVELS) + 0.5) / LEVELS, mean, color=shade, marker="o", label=label)
+    axes.set(xlabel="t / T  (0: picture, 1: noise)", ylabel="loss", yscale="log", title="Loss by noise level")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    figure.savefig(file, dpi=110)
