@@ -6,6 +6,7 @@ digits there is nothing to be clever about. `floats` rounds to the nearest float
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from mpmath import cos, exp, log, mp, mpf, pi, sqrt
@@ -44,14 +45,14 @@ def betas(schedule: str, T: int = 1000, start: float = 1e-4, end: float = 0.02) 
     if schedule == "sigmoid":
         return tuple(start + (end - start) / (1 + exp(-x)) for x in _between(mpf(-6), mpf(6), T))
     curve = [_alpha_bar_curve(schedule, mpf(i) / T) for i in range(T + 1)]
-    return tuple(min(1 - later / earlier, mpf("0.999")) for earlier, later in zip(curve, curve[1:], strict=False))
+    return tuple(min(1 - later / earlier, mpf("0.999")) for earlier, later in pairwise(curve))
 
 
 def zero_terminal_snr(betas: Sequence) -> list:
     """Lin et al. 2024, algorithm 1: √ᾱ shifted to end at 0, stretched to begin where it began."""
     roots = [sqrt(a) for a in alphas_cumprod(betas)]
     moved = [(r - roots[-1]) * roots[0] / (roots[0] - roots[-1]) for r in roots]
-    alphas = [moved[0] ** 2] + [(b / a) ** 2 for a, b in zip(moved, moved[1:], strict=False)]
+    alphas = [moved[0] ** 2] + [(b / a) ** 2 for a, b in pairwise(moved)]
     return [1 - a for a in alphas]
 
 

@@ -1,8 +1,8 @@
 """The exact world: data whose best prediction is known in closed form, so that the whole sampler can be checked.
 
 For Gaussian data N(m, Σ) the best prediction is affine in x_t, so every step of the sampler is affine too,
-x_s = A x_t + b + σ z. A, b and σ are read off `step` exactly, by driving it with zeros, unit vectors and a z of ones, all
-timesteps in one call; the mean and the covariance of the output follow from them without a single random number. They
+x_s = A x_t + b + σ z. A, b and σ are read off `step` exactly, by driving it with zeros, unit vectors and a z of ones,
+all timesteps in one call; the mean and the covariance of the output follow without a single random number. They
 are compared with the same recursion in the formulas of tests/reference.py. Random numbers come in only to show that
 the loop a user would write does what the recursion says, and for a mixture of Gaussians.
 """

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from hub.server import HubServer
@@ -30,7 +31,7 @@ def hub():
 def api(hub, monkeypatch):
     """The real client for the double, which does not wait a second before it tries again."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     return HfApi(endpoint=hub.endpoint, token=hub.token)
 
 
@@ -193,7 +194,7 @@ def test_a_commit_that_is_refused_changes_nothing_and_the_next_one_goes_through(
 
 def test_the_client_tries_again_after_the_seconds_that_the_server_names(hub, api, folder, monkeypatch):
     waited = []
-    monkeypatch.setattr(_http.time, "sleep", waited.append)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waited.append))
     hub.fail("PUT", "/storage/", 429, times=2, retry_after=7)
     push(api, folder)
     assert waited == [8.0, 8.0]  # the client adds one second

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -477,7 +478,7 @@ def test_spacings(spacing, T, data):
     timesteps = scheduler.timesteps.tolist()
     assert timesteps == reference.timesteps(spacing, T, n)
     assert len(timesteps) == n == scheduler.num_inference_steps
-    assert all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    assert all(a > b for a, b in pairwise(timesteps))
     assert timesteps[0] < T and timesteps[-1] >= 0
     assert [int(scheduler.previous_timestep(t)) for t in timesteps] == [*timesteps[1:], -1]
     assert scheduler.previous_timestep(scheduler.timesteps).tolist() == [*timesteps[1:], -1]

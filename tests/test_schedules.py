@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from custom_ddpm import schedules
-from custom_ddpm.schedules import log_alphas_cumprod, make_betas, rescale_zero_terminal_snr, resample_betas
+from custom_ddpm.schedules import log_alphas_cumprod, make_betas, resample_betas, rescale_zero_terminal_snr
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 1000])
@@ -85,7 +86,7 @@ def test_resample_reads_log_alpha_bar_on_the_line_between_its_steps(T):
         left, rest = divmod(i * 1000, T)
         upper = logs[min(left + 1, 1000)]
         expected.append(logs[left] + (upper - logs[left]) * rest / T)
-    betas = [1 - reference.exp(b - a) for a, b in zip(expected, expected[1:], strict=False)]
+    betas = [1 - reference.exp(b - a) for a, b in pairwise(expected)]
     ours = resample_betas(make_betas("linear"), T)
     np.testing.assert_allclose(ours.numpy(), reference.floats(betas), rtol=1e-9)
 

@@ -22,7 +22,6 @@ import os
 import re
 import secrets
 import threading
-import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -141,6 +140,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.failures: list[Failure] = []
         self.lock = threading.RLock()
+        self.closing = threading.Event()
         self.signature = secrets.token_hex(16)  # stands for the signed addresses of the Hub's file storage
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.http.daemon_threads = True
@@ -151,6 +151,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -186,7 +187,7 @@ class HubServer:
         `what` is a status (429 carries `retry_after` seconds, `code` is sent as X-Error-Code), or
         "cut":  the connection is closed in the middle of the body: of the answer for GET, of the request otherwise;
         "lost": the request is carried out, but the connection is closed before the answer;
-        "slow": the answer comes `delay` seconds late.
+        "slow": the answer comes `delay` seconds late, and never if the server is closed before.
         """
         with self.lock:
             self.failures.append(Failure(method, path, what, times, retry_after, delay, code))
@@ -258,8 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             self.close_connection = True
             return
-        if what == "slow":
-            time.sleep(self.failure.delay)
+        if what == "slow" and self.hub.closing.wait(self.failure.delay):
+            self.close_connection = True
+            return
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             self.body = self._read_chunked()
         else:
