@@ -94,6 +94,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    # Saved only where it is used: other schedulers warn of an argument they do not know.
+    ignore_for_config = ["original_sample_variances"]
     order = 1
     config: Any
 
@@ -167,6 +169,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"timestep; got {len(variances)}"
             )
         self._original_sample_variances = variances
+        if original_sample_variances is not None:
+            self.register_to_config(original_sample_variances=variances.tolist())
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None

@@ -66,7 +66,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
             return [null] * batch_size
         if guidance_scale != 1.0 and null is None:
             raise ValueError(
-                f"guidance_scale is {guidance_scale}, but this model was trained without label dropout, so that there is "
+                f"guidance_scale is {guidance_scale}, but this model was trained without label dropout, so there is "
                 "nothing to guide away from; leave it at 1.0"
             )
         if isinstance(class_labels, torch.Tensor):
@@ -141,6 +141,11 @@ class CustomDDPMPipeline(DiffusionPipeline):
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"there are {len(labels)} class_labels for batch_size {batch_size}; give one per picture")
 
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator has {len(generator)} entries for batch_size {batch_size}; give one per picture"
+            )
+
         device = self._execution_device
         config = self.unet.config
         if latents is None:
@@ -153,7 +158,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
             latents = latents * self.scheduler.init_noise_sigma
         elif latents.shape[:2] != (batch_size, config.in_channels):
             raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; this call needs ({batch_size}, {config.in_channels}, height, width)"
+                f"latents have shape {tuple(latents.shape)}; "
+                f"this call needs ({batch_size}, {config.in_channels}, height, width)"
             )
         # x_t stays in float32 whatever the model computes in: T small steps are summed up in it.
         latents = latents.to(device=device, dtype=torch.float32)
@@ -245,14 +251,14 @@ class CustomDDPMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CustomDDPMPipeline":
         """Load with the classes of the installed package; no file of the repository is run.
 
-        Takes a folder or a Hub repository, saved by this pipeline or a stock DDPM (`UNet2DModel` and `DDPMScheduler`, which
-        become `CustomUNet2DModel` and `CustomDDPMScheduler`).
+        Takes a folder or a Hub repository, saved by this pipeline or a stock DDPM, whose `UNet2DModel` and
+        `DDPMScheduler` become `CustomUNet2DModel` and `CustomDDPMScheduler`.
 
         Args:
             pretrained_model_name_or_path: folder or "user/model".
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`; `torch_dtype`,
-                `variant`, `device_map` and others of `ModelMixin.from_pretrained`; `unet`, `scheduler`, `id2label` to use
-                in the place of the saved ones.
+                `variant`, `device_map` and others of `ModelMixin.from_pretrained`; `unet`, `scheduler`, `id2label` to
+                use in the place of the saved ones.
 
         Raises:
             OSError: no such repository, or no safetensors weights in it.

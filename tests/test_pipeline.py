@@ -1,0 +1,307 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
+
+import custom_ddpm
+from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler, CustomUNet2DModel
+
+
+def draw(pipeline, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(generator=generator, output_type="pt", **options).images
+
+
+# ---- Algorithm 2 ----
+
+
+def test_is_algorithm_2_written_out():
+    # S1 as the paper has it: ε into the mean of R6, σ² = β̃; no clipping, as in the formula.
+    pipeline = make_pipeline(clip_sample=False)
+    betas = np.linspace(1e-4, 0.02, 20)
+    bars = np.cumprod(1 - betas)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 1, 8, 8, generator=generator)
+    with torch.no_grad():
+        for t in reversed(range(20)):
+            eps = pipeline.unet(x, t).sample
+            mean = (x - betas[t] / np.sqrt(1 - bars[t]) * eps) / np.sqrt(1 - betas[t])
+            z = torch.randn(x.shape, generator=generator)
+            sigma = np.sqrt((1 - bars[t - 1]) / (1 - bars[t]) * betas[t]) if t > 0 else 0.0
+            x = mean + sigma * z
+    expected = (x / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 0.05, "a picture that is all black or white would compare nothing"
+    torch.testing.assert_close(draw(pipeline, 3, batch_size=2), expected, atol=2e-5, rtol=0)
+
+
+def test_a_seed_gives_the_same_picture_again_and_in_any_batch(pipeline):
+    def picture(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(batch_size=len(seeds), generator=generators, output_type="pt").images
+
+    three = picture([5, 6, 7])
+    assert torch.equal(three, picture([5, 6, 7]))
+    torch.testing.assert_close(picture([6])[0], three[1], atol=1e-6, rtol=0)
+    assert (three[0] - three[1]).abs().max() > 0.01
+
+
+def test_latents_are_where_it_starts(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 1, 8, 8, generator=generator)
+    given = pipeline(latents=latents, generator=generator, output_type="pt").images
+    assert torch.equal(given, draw(pipeline, 0, batch_size=2))
+    assert pipeline(latents=torch.randn(1, 1, 12, 9), output_type="pt").images.shape == (1, 1, 12, 9)
+
+
+def test_eta_0_is_ddim():
+    # Without clipping: where x̂_0 is clipped, diffusers' DDIM keeps the ε that no longer belongs to it.
+    pipeline = make_pipeline(clip_sample=False)
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = draw(pipeline, latents=latents, eta=0.0, num_inference_steps=5)
+    assert torch.equal(ours, draw(pipeline, seed=9, latents=latents, eta=0.0, num_inference_steps=5))
+    ddim = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    theirs = draw(CustomDDPMPipeline(pipeline.unet, ddim), latents=latents, eta=0.0, num_inference_steps=5)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_other_schedulers_of_diffusers_drive_it(pipeline):
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    assert torch.isfinite(draw(pipeline, num_inference_steps=5)).all()
+    with pytest.raises(ValueError, match=r"eta is 0.5, but EulerDiscreteScheduler has no eta"):
+        draw(pipeline, eta=0.5)
+
+
+def test_output_types(pipeline):
+    def output(kind, pipeline=pipeline):
+        return pipeline(batch_size=2, generator=torch.Generator().manual_seed(0), output_type=kind).images
+
+    tensor, array, pictures = output("pt"), output("np"), output("pil")
+    assert tensor.shape == (2, 1, 8, 8) and array.shape == (2, 8, 8, 1) and array.dtype == np.float32
+    assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert [picture.mode for picture in pictures] == ["L", "L"]
+    assert np.array_equal(np.asarray(pictures[1]), np.rint(array[1, ..., 0] * 255))
+    assert [picture.mode for picture in output("pil", make_pipeline(channels=3))] == ["RGB", "RGB"]
+    assert [picture.mode for picture in output("pil", make_pipeline(channels=4))] == ["RGBA", "RGBA"]
+    assert isinstance(pipeline(return_dict=False), tuple)
+
+
+def test_callback_sees_and_replaces_the_latents(pipeline):
+    seen = []
+
+    def blank(pipe, step, timestep, inputs):
+        seen.append((step, int(timestep), inputs["latents"].shape))
+        return {"latents": torch.zeros_like(inputs["latents"])} if step == 3 else None
+
+    image = draw(pipeline, num_inference_steps=4, callback_on_step_end=blank)
+    assert seen == [(0, 15, (1, 1, 8, 8)), (1, 10, (1, 1, 8, 8)), (2, 5, (1, 1, 8, 8)), (3, 0, (1, 1, 8, 8))]
+    assert (image == 0.5).all()
+
+
+def test_half_precision_keeps_x_t_in_float32(pipeline):
+    expected = draw(pipeline)
+    seen = []
+
+    def watch(pipe, step, timestep, inputs):
+        seen.append(inputs["latents"].dtype)
+        return {}
+
+    half = draw(pipeline.to(dtype=torch.bfloat16), callback_on_step_end=watch)
+    assert set(seen) == {torch.float32}
+    torch.testing.assert_close(half, expected, atol=0.1, rtol=0)
+
+
+# ---- classes and guidance ----
+
+
+def test_guidance_extrapolates_from_no_class_to_the_class():
+    # One step from T−1 straight to x_0 is affine in ε (without clipping), so guidance can be seen in the result.
+    pipeline = make_pipeline(classes=3, clip_sample=False, beta_schedule="exp", timestep_spacing="trailing")
+    latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def x_0(**options):
+        kept = {}
+
+        def keep(pipe, step, timestep, inputs):
+            kept.update(inputs)
+
+        draw(pipeline, latents=latents, num_inference_steps=1, callback_on_step_end=keep, **options)
+        return kept["latents"]
+
+    without, with_class = x_0(), x_0(class_labels=1)
+    assert (with_class - without).abs().max() > 0.1
+    guided = x_0(class_labels=1, guidance_scale=3.0)
+    torch.testing.assert_close(guided, without + 3.0 * (with_class - without), atol=1e-3, rtol=1e-4)
+
+
+def test_class_labels_by_number_by_name_and_by_picture(class_pipeline):
+    by_number = draw(class_pipeline, batch_size=2, class_labels=2)
+    assert torch.equal(by_number, draw(class_pipeline, batch_size=2, class_labels="class 2"))
+    assert torch.equal(by_number, draw(class_pipeline, class_labels=torch.tensor([2, 2])))
+    assert not torch.equal(by_number, draw(class_pipeline, class_labels=[2, 0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_labels": 5}, r"class label 5 is unknown; use an integer in \[0, 4\) or one of class 0"),
+        ({"class_labels": "class 9"}, "class label 'class 9' is unknown"),
+        ({"class_labels": [0, 1], "batch_size": 3}, "there are 2 class_labels for batch_size 3"),
+        ({"guidance_scale": 2.0}, "no class_labels to guide to"),
+        ({"eta": 1.5}, "eta is 1.5; it must be between 0"),
+        ({"output_type": "jpeg"}, "output_type is 'jpeg'"),
+        ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents have shape \(1, 3, 8, 8\); this call needs \(1, 1,"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "only 'latents' is there"),
+        ({"num_inference_steps": 21}, "it must be between 1 and num_train_timesteps, 20"),
+        ({"batch_size": 2, "generator": [torch.Generator()] * 3}, "generator has 3 entries for batch_size 2"),
+    ],
+)
+def test_refuses_at_the_door(class_pipeline, options, message):
+    with pytest.raises(ValueError, match=message):
+        class_pipeline(**options)
+
+
+def test_refuses_what_the_model_cannot_do(pipeline):
+    with pytest.raises(ValueError, match="this model is unconditional; leave them out"):
+        pipeline(class_labels=1)
+    with pytest.raises(ValueError, match=r"this model is unconditional; leave it at 1\.0"):
+        pipeline(guidance_scale=2.0)
+    undropped = make_pipeline(classes=3, null_class=False)
+    with pytest.raises(ValueError, match=r"this model needs class_labels: integers in \[0, 3\)"):
+        undropped()
+    with pytest.raises(ValueError, match="trained without label dropout"):
+        undropped(class_labels=1, guidance_scale=2.0)
+
+
+# ---- saving and loading ----
+
+
+def test_the_folder_loads_with_the_package_and_runs_none_of_its_code(class_pipeline, tmp_path):
+    class_pipeline.save_pretrained(tmp_path)
+    expected = draw(class_pipeline, class_labels=1, guidance_scale=2.0)
+    for file in tmp_path.rglob("*.py"):
+        file.write_text("raise SystemExit('code of the folder was run')")
+    loaded = CustomDDPMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.unet) is CustomUNet2DModel and type(loaded.scheduler) is CustomDDPMScheduler
+    assert torch.equal(draw(loaded, class_labels="class 1", guidance_scale=2.0), expected)
+
+
+WITHOUT_PACKAGE = """
+    import sys, torch
+    sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+    sys.path = [p for p in sys.path if p not in {hidden!r}]
+    try:
+        import custom_ddpm
+        sys.exit("the package is there: this test would show nothing")
+    except ImportError:
+        pass
+    from diffusers import DiffusionPipeline
+    pipeline = DiffusionPipeline.from_pretrained({folder!r}, trust_remote_code=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(class_labels=1, guidance_scale=2.0, generator=generator, output_type="pt").images
+    torch.save(images, {folder!r} + "/images.pt")
+    pipeline.save_pretrained({folder!r} + "/again")
+"""
+
+
+def test_the_folder_loads_without_the_package_and_gives_the_very_picture(class_pipeline, tmp_path):
+    folder = tmp_path / "model"
+    class_pipeline.save_pretrained(folder)
+    package = Path(custom_ddpm.__file__).parents[1]
+    code = textwrap.dedent(WITHOUT_PACKAGE.format(folder=str(folder), hidden=["", str(package), str(Path.cwd())]))
+    # -P and a foreign folder: the clone that the tests run in must not be found either.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert torch.equal(torch.load(folder / "images.pt"), draw(class_pipeline, class_labels=1, guidance_scale=2.0))
+    # What it saves again is the same repository.
+    files = sorted(p.relative_to(folder / "again") for p in (folder / "again").rglob("*") if p.is_file())
+    assert len(files) == 8
+    for file in files:
+        assert (folder / "again" / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_without_trust_no_code_of_the_folder_is_run(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    marker = tmp_path / "was run"
+    (tmp_path / "pipeline_custom_ddpm.py").write_text(f"open({str(marker)!r}, 'w')")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        from diffusers import DiffusionPipeline
+
+        DiffusionPipeline.from_pretrained(tmp_path)
+    assert not marker.exists()
+
+
+def test_the_folder_holds_no_pickle_and_no_path_of_this_machine(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "a")
+    loaded = CustomDDPMPipeline.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    files = [file for file in (tmp_path / "b").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".json", ".py", ".safetensors"}
+    assert not any(str(tmp_path).encode() in file.read_bytes() for file in files)
+    with pytest.raises(ValueError, match="safe_serialization=False would write a pickle"):
+        pipeline.save_pretrained(tmp_path / "c", safe_serialization=False)
+
+
+def test_a_stock_repository_becomes_ours(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    stock = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20))
+    stock.set_progress_bar_config(disable=True)
+    stock.save_pretrained(tmp_path)
+    ours = CustomDDPMPipeline.from_pretrained(tmp_path)
+    assert type(ours.unet) is CustomUNet2DModel and type(ours.scheduler) is CustomDDPMScheduler
+    theirs = stock(generator=torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+    np.testing.assert_allclose(draw(ours).permute(0, 2, 3, 1).numpy(), theirs, atol=1e-4)
+
+
+def test_another_scheduler_is_saved_and_comes_back(pipeline, tmp_path):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert type(CustomDDPMPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
+
+
+def test_parts_can_be_replaced_when_loading(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    scheduler = DDIMScheduler()
+    loaded = CustomDDPMPipeline.from_pretrained(tmp_path, scheduler=scheduler, torch_dtype=torch.bfloat16)
+    assert loaded.scheduler is scheduler and loaded.unet.dtype == torch.bfloat16
+
+
+def test_loading_refuses_strangers(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="trust_remote_code runs code of the repository"):
+        CustomDDPMPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": ["unet", "Stranger"]}))
+    with pytest.raises(ValueError, match="unet is a Stranger; it must be a CustomUNet2DModel or a UNet2DModel"):
+        CustomDDPMPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["scheduler", "Stranger"]}))
+    with pytest.raises(ValueError, match="scheduler is a Stranger"):
+        CustomDDPMPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(pipeline.unet.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match=r"safetensors"):
+        CustomDDPMPipeline.from_pretrained(tmp_path)
