@@ -1,0 +1,475 @@
+"""The noise predictor ε_θ(x_t, t) (T1): the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B).
+
+A ladder of residual blocks goes down to a coarse picture and back up; every step up also reads what the same height
+saw on the way down. Each residual block is told the time t (and the class, if there are classes) and, at chosen
+heights, is followed by self-attention over all positions.
+
+Arguments and state-dict keys are those of diffusers' `UNet2DModel`, so weights go both ways without renaming.
+This file stands alone: it is shipped inside every model repository.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+BLOCK_TYPES = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+}
+
+
+def timestep_embedding(
+    timesteps: torch.Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
+) -> torch.Tensor:
+    """sin(t ω_i) and cos(t ω_i) at ω_i = 10000^(−i/(h − freq_shift)), i = 0 … h−1, h = dim // 2 (Vaswani et al. 2017).
+
+    Args:
+        timesteps: (B,), any real dtype.
+        dim: number of features; an odd one ends with a zero.
+        flip_sin_to_cos: cosines first if True, sines first (as in the paper's code) if False.
+        freq_shift: 1 lets the last wavelength be exactly 2π · 10000, as in the paper's code.
+
+    Returns:
+        (B, dim) in float32, whatever the model's dtype: half precision cannot tell t = 999 from t = 1000.
+    """
+    half = dim // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(exponents / (half - freq_shift))
+    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer perceptron that turns the waves (B, dim) into the embedding (B, embedding_dim)."""
+
+    def __init__(self, dim: int, embedding_dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, embedding_dim)
+        self.linear_2 = nn.Linear(embedding_dim, embedding_dim)
+
+    def forward(self, waves: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x, t): norm, SiLU, convolution, twice; the embedding enters before the second convolution.
+
+    The embedding is added in front of the second norm ("default", the paper's) or scales and shifts behind it
+    ("scale_shift": Nichol & Dhariwal 2021, arXiv:2102.09672).
+    """
+
+    def __init__(
+        self, ins: int, outs: int, embedding_dim: int, groups: int, eps: float, dropout: float, scale_shift: bool
+    ):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, ins, eps)
+        self.conv1 = nn.Conv2d(ins, outs, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding_dim, 2 * outs if scale_shift else outs)
+        self.norm2 = nn.GroupNorm(groups, outs, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(outs, outs, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(ins, outs, 1) if ins != outs else nn.Identity()
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """x (B, ins, H, W) and emb (B, embedding_dim), which went through a SiLU -> (B, outs, H, W)."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        emb = self.time_emb_proj(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            hidden = self.norm2(hidden) * (1 + scale) + shift
+        else:
+            hidden = self.norm2(hidden + emb)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(hidden)))
+
+
+class SelfAttention(nn.Module):
+    """x + attention(norm(x)): every position attends to every other of the same picture."""
+
+    # Tells ModelMixin.from_pretrained to rename this module's weights in checkpoints older than diffusers 0.13
+    # (query, key, value, proj_attn), google/ddpm-cifar10-32 among them.
+    _from_deprecated_attn_block = True
+
+    def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float):
+        super().__init__()
+        head_dim = channels if head_dim is None else head_dim
+        if channels % head_dim:
+            raise ValueError(f"attention_head_dim {head_dim} must divide the {channels} channels of its block")
+        self.heads = channels // head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps) if groups is not None else nn.Identity()
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)
+        query, key, value = (
+            project(pixels).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        hidden = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return x + self.to_out[0](hidden).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2) by a convolution of stride 2."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv.padding == (0, 0):  # the paper's code pads on the right and below only
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): every pixel four times, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.Module):
+    """What the three kinds of block share: residual blocks, some self-attention, gradient checkpointing.
+
+    `gradient_checkpointing` and `_gradient_checkpointing_func` are set by ModelMixin.enable_gradient_checkpointing.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
+    def __init__(self, resnets: list[ResidualBlock], attentions: list[SelfAttention]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *inputs)
+        return module(*inputs)
+
+    def layer(self, index: int, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        x = self.run(self.resnets[index], x, emb)
+        return self.run(self.attentions[index], x) if self.attentions else x
+
+
+class DownBlock(Block):
+    def __init__(self, resnets: list[ResidualBlock], attentions: list[SelfAttention], downsamplers: list[Downsample]):
+        super().__init__(resnets, attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> list[torch.Tensor]:
+        """Everything the way up will read, finest first; the last one is where the way down goes on."""
+        skips = []
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, emb)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            skips.append(downsample(x))
+        return skips
+
+
+class MidBlock(Block):
+    def __init__(self, resnets: list[ResidualBlock], attentions: list[SelfAttention], scale_factor: float):
+        super().__init__(resnets, attentions)
+        self.scale_factor = scale_factor
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        x = self.run(self.resnets[0], x, emb) / self.scale_factor
+        for attention in self.attentions:
+            x = self.run(attention, x) / self.scale_factor
+        return self.run(self.resnets[1], x, emb) / self.scale_factor
+
+
+class UpBlock(Block):
+    def __init__(self, resnets: list[ResidualBlock], attentions: list[SelfAttention], upsamplers: list[Upsample]):
+        super().__init__(resnets, attentions)
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+    def forward(self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor) -> torch.Tensor:
+        """Takes one of `skips` a layer, from its end."""
+        for index in range(len(self.resnets)):
+            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), emb)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+def _check_arguments(config: Any) -> None:
+    """Raise ValueError, one line, for the first argument of `CustomUNet2DModel` that cannot be."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    channels, groups, mid_groups = config.block_out_channels, config.norm_num_groups, config.attn_norm_num_groups
+    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "num_class_embeds"):
+        require(config[name] is None or config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
+    for name, known in BLOCK_TYPES.items():
+        types = config[name]
+        require(len(types) == len(channels) > 0, f"{name} must name {len(channels)} >= 1 block types, got {types}")
+        require({*types} <= {*known}, f"{name} must be chosen from {known}, got {types}")
+    fits = all(outs > 0 and outs % groups == 0 for outs in channels)
+    require(fits, f"norm_num_groups {groups} must divide each of block_out_channels {channels}")
+    fits = mid_groups is None or (mid_groups > 0 and channels[-1] % mid_groups == 0)
+    require(fits, f"attn_norm_num_groups {mid_groups} must divide the last of block_out_channels {channels}")
+    require(config.freq_shift < channels[0] // 2, f"freq_shift must be < {channels[0]} // 2, got {config.freq_shift}")
+    scale = config.mid_block_scale_factor
+    require(scale > 0, f"mid_block_scale_factor must be above 0, got {scale}")
+    padding, time_scale_shift = config.downsample_padding, config.resnet_time_scale_shift
+    require(padding in (0, 1), f"downsample_padding must be 0 or 1, got {padding}")
+    known = ("default", "scale_shift")
+    require(time_scale_shift in known, f"resnet_time_scale_shift must be one of {known}, got {time_scale_shift!r}")
+
+
+def _twin(cls: Any, model: Any) -> Any:
+    """A model of class `cls` with the configuration, the tensors (copied) and the mode of `model`."""
+    with torch.device("meta"):  # builds without drawing random numbers that will be thrown away
+        twin = cls.from_config({name: value for name, value in model.config.items() if not name.startswith("_")})
+    twin.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    return twin.train(model.training)
+
+
+class CustomUNet2DModel(ModelMixin, ConfigMixin):
+    """ε_θ(x_t, t): a noisy picture and its time in, a prediction of the picture's shape out.
+
+    Arguments mean what they mean in diffusers' `UNet2DModel` and, but for the layout, default to the same. The
+    default layout is the paper's for CIFAR-10: four heights, two residual blocks each, attention at 16x16.
+
+    Args:
+        sample_size: height and width that pipelines sample at; the network itself takes any.
+        in_channels: channels of the picture, >= 1.
+        out_channels: channels of the prediction; 2 * in_channels if the variance is learned too.
+        freq_shift, flip_sin_to_cos: see `timestep_embedding` (the paper's code: 1, False).
+        down_block_types: a height each, finest first: "DownBlock2D", or "AttnDownBlock2D" with self-attention.
+        up_block_types: a height each, coarsest first: "UpBlock2D" or "AttnUpBlock2D".
+        block_out_channels: channels at each height, finest first. Each height halves the picture but the last.
+        layers_per_block: residual blocks at each height on the way down; one more on the way up.
+        mid_block_scale_factor: what every layer of the middle block is divided by.
+        downsample_padding: 1, or 0 for one row and column of zeros on the right and below (the paper's code).
+        dropout: probability, in every residual block (the paper: 0.1 for CIFAR-10).
+        attention_head_dim: channels a head; None is one head of all channels (the paper's).
+        norm_num_groups: groups of every group norm; must divide each of `block_out_channels`.
+        attn_norm_num_groups: groups of the middle attention's norm. None: `norm_num_groups`, or no norm there if
+            `resnet_time_scale_shift` is "scale_shift".
+        norm_eps: added to the variance in every group norm (the paper's code: 1e-6).
+        resnet_time_scale_shift: "default" or "scale_shift", see `ResidualBlock`.
+        add_attention: whether the middle block has self-attention.
+        num_class_embeds: number of classes for class-conditional prediction; None for none.
+
+    Raises:
+        ValueError: an argument out of its range, or arguments that do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+    config: Any
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types: tuple[str, ...] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (128, 256, 256, 256),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        dropout: float = 0.0,
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        num_class_embeds: int | None = None,
+    ):
+        super().__init__()
+        _check_arguments(self.config)
+        embedding_dim = 4 * block_out_channels[0]
+        if attn_norm_num_groups is None and resnet_time_scale_shift == "default":
+            attn_norm_num_groups = norm_num_groups
+
+        def resnet(ins: int, outs: int) -> ResidualBlock:
+            scale_shift = resnet_time_scale_shift == "scale_shift"
+            return ResidualBlock(ins, outs, embedding_dim, norm_num_groups, norm_eps, dropout, scale_shift)
+
+        def attentions(number: int, channels: int, groups: int | None = norm_num_groups) -> list[SelfAttention]:
+            return [SelfAttention(channels, attention_head_dim, groups, norm_eps) for _ in range(number)]
+
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(block_out_channels[0], embedding_dim)
+        self.class_embedding = nn.Embedding(num_class_embeds, embedding_dim) if num_class_embeds is not None else None
+
+        final = len(block_out_channels) - 1
+        self.down_blocks = nn.ModuleList()
+        channels = block_out_channels[0]
+        skip_channels = [channels]
+        for height, (block_type, outs) in enumerate(zip(down_block_types, block_out_channels, strict=True)):
+            layers = [resnet(channels if i == 0 else outs, outs) for i in range(layers_per_block)]
+            attended = layers_per_block if block_type.startswith("Attn") else 0
+            downsamplers = [Downsample(outs, downsample_padding)] if height < final else []
+            self.down_blocks.append(DownBlock(layers, attentions(attended, outs), downsamplers))
+            skip_channels += [outs] * (layers_per_block + len(downsamplers))
+            channels = outs
+
+        layers = [resnet(channels, channels), resnet(channels, channels)]
+        mid_attentions = attentions(1 if add_attention else 0, channels, attn_norm_num_groups)
+        self.mid_block = MidBlock(layers, mid_attentions, mid_block_scale_factor)
+
+        self.up_blocks = nn.ModuleList()
+        for height, (block_type, outs) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True)):
+            layers = []
+            for _ in range(layers_per_block + 1):
+                layers.append(resnet(channels + skip_channels.pop(), outs))
+                channels = outs
+            attended = layers_per_block + 1 if block_type.startswith("Attn") else 0
+            upsamplers = [Upsample(outs)] if height < final else []
+            self.up_blocks.append(UpBlock(layers, attentions(attended, outs), upsamplers))
+
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self._init_weights()
+
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in diffusers, and refuses what `UNet2DModel` can be told and this class cannot.
+
+        Raises:
+            ValueError: names every such setting with its value.
+        """
+        stock, ours = (inspect.signature(init).parameters for init in (UNet2DModel.__init__, cls.__init__))
+        foreign = {name: argument.default for name, argument in stock.items() if name not in ours}
+        refused = [
+            f"{name}={value!r}"
+            for name, value in {**config, **kwargs}.items()
+            # num_train_timesteps only sizes a learned time embedding, and that is refused by its own name.
+            if (name in foreign and name != "num_train_timesteps" and value != foreign[name])
+            or (name in BLOCK_TYPES and not {*value} <= {*BLOCK_TYPES[name]})
+        ]
+        if refused:
+            raise ValueError(f"{cls.__name__} cannot express these settings of UNet2DModel: {', '.join(refused)}")
+        # _use_default_values would replace what UNet2DModel left at its default by this class's default.
+        config = {name: config[name] for name in config if name not in foreign and name != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_diffusers(cls, model: UNet2DModel) -> "CustomUNet2DModel":
+        """The same network as this class: same configuration, copied tensors, same device, dtypes and mode.
+
+        Raises:
+            TypeError: `model` is no `UNet2DModel`.
+            ValueError: a setting this class cannot express, by name.
+        """
+        if not isinstance(model, UNet2DModel):
+            raise TypeError(f"from_diffusers takes a UNet2DModel, got {type(model).__name__}")
+        return _twin(cls, model)
+
+    def to_diffusers(self) -> UNet2DModel:
+        """The same network as diffusers' class: same configuration, copied tensors, same device, dtypes and mode.
+
+        `UNet2DModel` does not pad: it takes heights and widths that are multiples of 2^(heights − 1) only.
+        """
+        return _twin(UNet2DModel, self)
+
+    def _init_weights(self) -> None:
+        """The paper's code: Glorot uniform, biases 0; the last layer of every residual branch and of the network 0,
+        so that training starts from plain shortcuts and from the prediction 0, the mean of ε."""
+        last_layers: list[Any] = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            elif isinstance(module, ResidualBlock):
+                last_layers.append(module.conv2)
+            elif isinstance(module, SelfAttention):
+                last_layers.append(module.to_out[0])
+        for layer in last_layers:
+            nn.init.zeros_(layer.weight)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample: x_t, (B, in_channels, H, W), any H and W >= 1, in the model's dtype (or any under autocast).
+            timestep: t in [0, T): one for all pictures (a number or a 0-d tensor) or one each, (B,).
+            class_labels: (B,) of int64 in [0, num_class_embeds); given if and only if the model has classes.
+            return_dict: False returns a tuple of one.
+
+        Returns:
+            An output whose `.sample` is (B, out_channels, H, W).
+
+        Raises:
+            ValueError: a shape that does not fit, class labels missing or not expected.
+        """
+        if sample.ndim != 4 or sample.shape[1] != self.conv_in.in_channels:
+            raise ValueError(f"sample must be (B, {self.conv_in.in_channels}, H, W), got {tuple(sample.shape)}")
+        batch_size, _, height, width = sample.shape
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.full((batch_size,), timestep, dtype=torch.float32, device=sample.device)
+        if timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(f"timestep must be one number or ({batch_size},), got {tuple(timestep.shape)}")
+        if class_labels is None and self.class_embedding is not None:
+            raise ValueError(f"class_labels must be given: the model has {self.class_embedding.num_embeddings} classes")
+        if class_labels is not None and self.class_embedding is None:
+            raise ValueError("class_labels must be None: the model has no classes (num_class_embeds is None)")
+        if class_labels is not None and class_labels.shape != (batch_size,):
+            raise ValueError(f"class_labels must be ({batch_size},), got {tuple(class_labels.shape)}")
+
+        # A blocking copy of a timestep that lives on the CPU would make the GPU wait at every step.
+        timestep = timestep.to(sample.device, non_blocking=sample.device.type != "cpu").expand(batch_size)
+        channels, config = self.conv_in.out_channels, self.config
+        waves = timestep_embedding(timestep, channels, config.flip_sin_to_cos, config.freq_shift)
+        emb = self.time_embedding(waves.to(sample.dtype))
+        if self.class_embedding is not None:
+            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
+        emb = F.silu(emb)
+
+        # Heights that do not halve evenly are padded, half on each side. Copies of the border, because they keep the
+        # brightness and the noise level that the group norms see (zeros would dilute both) and work for any size
+        # (a reflection must be smaller than the picture).
+        stride = 2 ** (len(self.down_blocks) - 1)
+        extra_height, extra_width = ((side + stride - 1) // stride * stride - side for side in (height, width))
+        top, left = extra_height // 2, extra_width // 2
+        if extra_height or extra_width:
+            sample = F.pad(sample, (left, extra_width - left, top, extra_height - top), mode="replicate")
+
+        sample = self.conv_in(sample)
+        skips = [sample]
+        for block in self.down_blocks:
+            skips += block(skips[-1], emb)
+        sample = self.mid_block(skips[-1], emb)
+        for block in self.up_blocks:
+            sample = block(sample, skips, emb)
+        sample = self.conv_out(F.silu(self.conv_norm_out(sample)))
+
+        if extra_height or extra_width:
+            sample = sample[:, :, top : top + height, left : left + width]
+        return UNet2DOutput(sample=sample) if return_dict else (sample,)
