@@ -240,7 +240,7 @@ def _yaml_flags(path: str, known: set[str]) -> list[str]:
         raise ValueError(f"--config {path}: unknown keys {', '.join(unknown)}; the keys are the flags' names")
     words = []
     for key, value in values.items():
-        if value is None:
+        if value is None or value == []:
             continue
         words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return words

@@ -1,0 +1,114 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from custom_ddpm.config import TrainingConfig, parse_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def refused(capsys, *words, **options):
+    """The one line that the flags are refused with."""
+    with pytest.raises(SystemExit) as stop:
+        parse_config(list(words), **options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 3e-4\nresolution: [32, 48]\nuse_ema: false\nreport_to: []\nmax_train_steps: null\n")
+    config = parse_config(["--config", str(file), "--learning_rate", "5e-5", "--center_crop"])
+    assert config.learning_rate == 5e-5 and config.resolution == [32, 48]
+    assert config.use_ema is False and config.center_crop is True
+    assert config.train_batch_size == TrainingConfig().train_batch_size
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    config = TrainingConfig(resolution=[8], down_block_types=["DownBlock2D"] * 4, mixed_precision="bf16", seed=7)
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    assert parse_config(["--config", str(file)]) == config
+
+
+def test_default_file_only_where_no_data_is_named(tmp_path):
+    default = tmp_path / "default.yaml"
+    default.write_text("dataset_name: digits\nresolution: 16\n")
+    assert parse_config([], default).dataset_name == "digits"
+    assert parse_config(["--seed", "1"], default).resolution == [16]
+    assert parse_config(["--dataset_name", "other"], default).resolution == [64]
+    assert parse_config(["--train_data_dir", "folder"], default).dataset_name is None
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--resolution 0", "--resolution is [0]; it must be one or two numbers of at least 1"),
+        ("--resolution 8 8 8", "--resolution is [8, 8, 8]; it must be one or two numbers of at least 1"),
+        ("--train_batch_size 0", "--train_batch_size is 0; it must be at least 1"),
+        ("--max_train_steps -1", "--max_train_steps is -1; it must be at least 1"),
+        ("--learning_rate 0", "--learning_rate is 0.0; it must be more than 0"),
+        ("--learning_rate nan", "--learning_rate is nan; it must be more than 0"),
+        ("--dropout 1", "--dropout is 1.0; it must be in [0, 1)"),
+        ("--seed -1", "--seed is -1; it must not be negative"),
+        (
+            "--block_out_channels 33 64",
+            "--block_out_channels is [33, 64]; each must be a multiple of --norm_num_groups, 32",
+        ),
+        (
+            "--block_out_channels 32 64 --down_block_types DownBlock2D",
+            "--down_block_types is ['DownBlock2D']; it must name DownBlock2D or AttnDownBlock2D for each of the 2 levels",
+        ),
+        ("--background purplish", "--background is 'purplish'; it must be a colour, such as white or #ff8800"),
+        ("--dataset_name a --train_data_dir b", "--train_data_dir is 'b'; give either it or --dataset_name"),
+        ("--variance_type learned_range", "it is trained by --loss_type hybrid or vlb only"),
+        (
+            "--loss_type vlb --variance_type zero",
+            "--loss_type is 'vlb'; the bound is infinite with --variance_type zero",
+        ),
+        ("--rescale_betas_zero_snr", "--prediction_type is 'epsilon'; zero terminal SNR needs v_prediction or sample"),
+        ("--ddpm_num_steps 10 --ddpm_num_inference_steps 11", "it must not be more than --ddpm_num_steps, 10"),
+        ("--guidance_scale 2", "guidance needs --class_conditional and --label_dropout above 0"),
+        ("--train_batch_size many", "argument --train_batch_size/--train-batch-size: invalid int value: 'many'"),
+        ("--image_mode CMYK", "invalid choice: 'CMYK' (choose from"),
+        ("--lr_schedule cosine", "--lr_schedule"),
+        ("--config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
+    ],
+)
+def test_bad_values_are_refused_by_name(capsys, words, line):
+    assert line in refused(capsys, *words.split())
+
+
+def test_bad_files_are_refused(capsys, tmp_path):
+    file = tmp_path / "run.yaml"
+    for text, line in [
+        ("learning_rat: 1e-4", "unknown keys learning_rat; the keys are the flags' names"),
+        ("- a\n- b", "it must hold `flag: value` lines"),
+        ("a: [", "not YAML"),
+        ("resolution: big", "argument --resolution: invalid int value: 'big'"),
+        ("seed: -4", "--seed is -4; it must not be negative"),
+    ]:
+        file.write_text(text)
+        assert line in refused(capsys, "--config", str(file))
+
+
+def test_every_flag_is_documented_with_its_default():
+    text = subprocess.run(
+        [sys.executable, "train_ddpm.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for field in dataclasses.fields(TrainingConfig):
+        assert f"--{field.name}" in text
+        assert field.metadata["help"].strip()
+    assert "usage: accelerate launch train_ddpm.py" in text
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configurations_in_examples_are_right(file):
+    config = parse_config(["--config", str(file)])
+    for name, value in yaml.safe_load(file.read_text()).items():
+        got = getattr(config, name)
+        assert got == value or got == [value], name
