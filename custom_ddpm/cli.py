@@ -1,0 +1,161 @@
+"""`custom-ddpm`: what is done with a trained model from the command line."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+import torch
+from accelerate import PartialState
+
+from .config import parse_config
+from .convert import pipeline_from_diffusers, pipeline_to_diffusers
+from .data import normalise
+from .hub import HubError, push_pipeline, verify_repository
+from .objective import estimate_original_sample_variances
+from .pipelines import CustomDDPMPipeline
+from .sampling import image_grid, sample_images
+from .scheduler import CustomDDPMScheduler
+from .training import CONFIG_FILE, open_data
+
+
+def _load(model: str) -> CustomDDPMPipeline:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return CustomDDPMPipeline.from_pretrained(model).to(device)
+
+
+def _new_folder(path: str) -> Path:
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already and not empty; choose another folder")
+    return folder
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draw pictures: numbered PNG files and a grid."""
+    folder = _new_folder(args.output_dir)
+    pipeline = _load(args.model)
+    labels = None
+    if args.class_labels:
+        named = {name: label for label, name in (pipeline.config.id2label or {}).items()}
+        chosen = [named.get(word, int(word) if word.isdecimal() else word) for word in args.class_labels]
+        labels = [chosen[i % len(chosen)] for i in range(args.num_images)]
+    options = {name: getattr(args, name) for name in ("num_inference_steps", "eta") if getattr(args, name) is not None}
+    if args.guidance_scale != 1.0:
+        options["guidance_scale"] = args.guidance_scale
+    seeds = range(args.seed, args.seed + args.num_images)
+    images = sample_images(pipeline, seeds, labels, batch_size=args.batch_size, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, image in zip(seeds, images, strict=True):
+        pixels = image.permute(1, 2, 0).numpy()
+        PIL.Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels).save(folder / f"seed-{seed}.png")
+    image_grid(images).save(folder / "grid.png")
+    print(f"{args.num_images} pictures and grid.png in {folder}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Turn a pipeline into diffusers' own classes, or theirs into ours."""
+    folder = _new_folder(args.output_dir)
+    if args.to == "diffusers":
+        pipeline_to_diffusers(CustomDDPMPipeline.from_pretrained(args.model)).save_pretrained(folder)
+    else:
+        pipeline_from_diffusers(args.model).save_pretrained(folder)
+    print(f"{args.model} as {args.to} in {folder}")
+
+
+def push(args: argparse.Namespace) -> None:
+    """Push a saved pipeline to the Hub: `main`, and the stock export to the branch `diffusers`."""
+    print(push_pipeline(args.folder, args.repo_id, private=args.private or None))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Say whether a repository's code is this release's, and what else speaks against trusting it."""
+    problems = verify_repository(args.repository, revision=args.revision)
+    if problems:
+        raise ValueError("\n  ".join([f"{args.repository} is not to be trusted:", *problems]))
+    print(f"{args.repository}: the code is this release's, and nothing else is wrong")
+
+
+def analytic_variance(args: argparse.Namespace) -> None:
+    """Estimate the optimal variances from the training data, and save the model's scheduler with them."""
+    folder = Path(args.folder)
+    pipeline = _load(str(folder))
+    data, _ = open_data(parse_config(["--config", str(folder / CONFIG_FILE)]), PartialState())
+    images, labels = data.take(args.num_images)
+    device = pipeline.unet.device
+
+    @torch.no_grad()
+    def model(x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> object:
+        return pipeline.unet(x_t, t, **({} if class_labels is None else {"class_labels": class_labels}))
+
+    batches = (
+        (
+            normalise(images[start : start + args.batch_size].to(device)),
+            None if labels is None else labels[start : start + args.batch_size].to(device),
+        )
+        for start in range(0, len(images), args.batch_size)
+    )
+    variances = estimate_original_sample_variances(
+        model, pipeline.scheduler, batches, generator=torch.Generator(device).manual_seed(args.seed)
+    )
+    scheduler = CustomDDPMScheduler.from_config(
+        pipeline.scheduler.config, variance_type="analytic", original_sample_variances=variances
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    print(f"variance_type 'analytic', from {len(images)} pictures, in {folder / 'scheduler'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `custom-ddpm`; exits with status 1 and one line when something is wrong."""
+    parser = argparse.ArgumentParser(prog="custom-ddpm", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+
+    def command(name: str, run: object) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=formatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("sample", sample)
+    sub.add_argument("model", help="folder or Hub repository, ours or a stock DDPM")
+    sub.add_argument("--output_dir", default="samples", help="new folder for the pictures")
+    sub.add_argument("--num_images", type=int, default=16, help="how many pictures")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next number")
+    sub.add_argument("--class_labels", nargs="+", default=None, help="labels or class names, in turn")
+    sub.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    sub.add_argument("--num_inference_steps", type=int, default=None, help="steps; all T if not given")
+    sub.add_argument("--eta", type=float, default=None, help="1: DDPM, 0: DDIM")
+    sub.add_argument("--batch_size", type=int, default=64, help="pictures drawn at once")
+
+    sub = command("convert", convert)
+    sub.add_argument("model", help="folder or Hub repository")
+    sub.add_argument("output_dir", help="new folder")
+    sub.add_argument("--to", choices=["diffusers", "custom"], default="diffusers", help="whose classes")
+
+    sub = command("push", push)
+    sub.add_argument("folder", help="folder of a saved pipeline, such as a run's output folder")
+    sub.add_argument("repo_id", help="user/model; made if it is not there")
+    sub.add_argument("--private", action="store_true", help="make it private")
+
+    sub = command("verify", verify)
+    sub.add_argument("repository", help="folder or Hub repository")
+    sub.add_argument("--revision", default=None, help="branch, tag or commit")
+
+    sub = command("analytic-variance", analytic_variance)
+    sub.add_argument("folder", help="output folder of a run")
+    sub.add_argument("--num_images", type=int, default=512, help="pictures to estimate from")
+    sub.add_argument("--batch_size", type=int, default=64, help="pictures at once")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
+
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        args.run(args)
+    except (ValueError, OSError, HubError) as error:
+        sys.exit(f"custom-ddpm: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
