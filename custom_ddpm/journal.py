@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm.auto import tqdm
 
 logger = get_logger(__name__, log_level="INFO")
@@ -19,11 +21,12 @@ LEVELS = 10  # parts of 0 … T that the loss is told apart by
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, in order; none if there is no such file."""
+    """The lines of a run's `metrics.jsonl`, in order, but one that is not whole; none if there is no such file."""
     file = Path(output_dir, METRICS)
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # A line is whole once its end is there: what a full disk or a killed run cut short has none.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 class Journal:
@@ -62,14 +65,17 @@ class Journal:
         )
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(output_dir) if line["step"] <= start_step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            (output_dir / METRICS).write_text(text, encoding="utf-8")
+            new = output_dir / f".{METRICS}.tmp"
+            new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            new.replace(output_dir / METRICS)
 
     def add_losses(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
-        """Count losses (B,) of timesteps (B,)."""
+        """Count losses (B,) of timesteps (B,); those that are not finite are in no mean."""
         level = timesteps * LEVELS // self.num_train_timesteps
-        self._levels[0].index_add_(0, level, losses.detach().float())
-        self._levels[1].index_add_(0, level, torch.ones_like(losses, dtype=torch.float32))
+        losses = losses.detach().float()
+        finite = torch.isfinite(losses)
+        self._levels[0].index_add_(0, level, torch.where(finite, losses, 0.0))
+        self._levels[1].index_add_(0, level, finite.float())
 
     def add_step(self, grad_norm: torch.Tensor, skipped: torch.Tensor, waited: float) -> None:
         """Count an optimiser step: its gradient norm, whether it was skipped (0 or 1), seconds waited for data."""
@@ -88,7 +94,7 @@ class Journal:
         steps, seconds = step - self._logged_step, time.perf_counter() - self._logged_time
         line = {
             "step": step,
-            "loss": sum(sums) / max(1.0, sum(counts)),
+            "loss": sum(sums) / sum(counts) if sum(counts) else None,
             "loss_by_timestep": [s / c if c else None for s, c in zip(sums, counts, strict=True)],
             "learning_rate": learning_rate,
             "grad_norm": norms / max(1.0, steps - skipped),
@@ -98,7 +104,7 @@ class Journal:
         }
         self.write(line)
         self.bar.set_postfix(
-            loss=f"{line['loss']:.4f}",
+            loss="not finite" if line["loss"] is None else f"{line['loss']:.4f}",
             lr=f"{learning_rate:.1e}",
             images_per_s=f"{line['images_per_second']:.0f}",
         )
@@ -137,7 +143,7 @@ class Journal:
 
 def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
     """The training loss by step, smoothed over a twentieth of the run, and the validation loss where there is one."""
-    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if not training:
         return
     steps, losses = np.array(training).T
@@ -152,11 +158,8 @@ def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
         axes.plot(
             *np.array(validation).T, color="tab:orange", marker="o", markersize=4, label="validation (EMA weights)"
         )
-    # The first steps are far above the rest; a logarithm shows both.
-    axes.set(xlabel="optimiser step", ylabel="loss", yscale="log", title="Loss")
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend()
-    figure.savefig(file, dpi=110)
+    axes.set(xlabel="optimiser step", ylabel="loss", title="Loss")
+    _save(figure, axes, file)
 
 
 def draw_loss_by_timestep(lines: list[dict[str, Any]], file: Path) -> None:
@@ -170,10 +173,21 @@ def draw_loss_by_timestep(lines: list[dict[str, Any]], file: Path) -> None:
     for part, shade in zip(thirds, ("0.75", "0.5", "tab:blue")[-len(thirds) :], strict=True):
         rows = np.array([lines[i]["loss_by_timestep"] for i in part], dtype=float)
         present = np.isfinite(rows)
-        mean = np.where(present, rows, 0).sum(0) / np.maximum(1, present.sum(0))
+        mean = np.where(present, rows, 0).sum(0) / np.where(present.any(0), present.sum(0), np.nan)
         label = f"steps to {lines[part[-1]]['step']:,}"
         axes.plot((np.arange(LEVELS) + 0.5) / LEVELS, mean, color=shade, marker="o", label=label)
-    axes.set(xlabel="t / T  (0: picture, 1: noise)", ylabel="loss", yscale="log", title="Loss by noise level")
+    axes.set(xlabel="t / T  (0: picture, 1: noise)", ylabel="loss", title="Loss by noise level")
+    _save(figure, axes, file)
+
+
+def _save(figure: matplotlib.figure.Figure, axes: Axes, file: Path) -> None:
+    low, high = axes.dataLim.intervaly
+    if 0 < 5 * low < high:
+        # Early steps, or small t, lie far above the rest: a logarithm shows both.
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
     figure.savefig(file, dpi=110)
