@@ -9,11 +9,12 @@ process with two batches a step as on two processes with one, and an interrupted
 
 import dataclasses
 import math
+import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
@@ -33,6 +34,7 @@ from .config import TrainingConfig
 from .data import ImageData, normalise, open_images
 from .hub import BackgroundPush, write_model_card
 from .journal import Journal, read_metrics
+from .launch import launcher_pid
 from .objective import ImportanceSampler, diffusion_loss
 from .pipelines import CustomDDPMPipeline
 from .sampling import image_grid, sample_images
@@ -50,45 +52,43 @@ RUN_FILES = (CONFIG_FILE, "model_index.json", "metrics.jsonl")
 FIXED_SETTINGS = (
     "resolution block_out_channels down_block_types layers_per_block attention_head_dim norm_num_groups "
     "class_conditional label_dropout ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr prediction_type "
-    "variance_type timestep_sampling use_ema seed"
+    "variance_type timestep_sampling use_ema init_from seed"
 ).split()
+OWN_SETTINGS = ("output_dir", "resume_from_checkpoint")  # what every start of a run says anew
 MAX_SKIPPED_STEPS = 50  # steps in a row with gradients that are not finite, after which a run has no future
 
 
 class Draws(NamedTuple):
     """What chance brings to a batch; see `draw`."""
 
-    timestep: torch.Tensor  # (B,) in [0, 1)
-    flip: torch.Tensor  # (B,) in [0, 1)
-    label: torch.Tensor  # (B,) in [0, 1)
-    noise: torch.Tensor  # (B, C, H, W), ε of F2
+    timestep: torch.Tensor  # float32 (B,) in [0, 1)
+    flip: torch.Tensor  # float32 (B,) in [0, 1)
+    label: torch.Tensor  # float32 (B,) in [0, 1)
+    noise: torch.Tensor  # float32 (B, C, H, W), ε of F2
+    dropout_seed: int  # of the first sample: dropout draws for a whole batch
 
 
-def draw(
-    seed: int, step: int, positions: range, global_batch: int, shape: tuple[int, int, int], device: torch.device
-) -> Draws:
+def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: torch.device) -> Draws:
     """All random numbers of the samples at `positions` of the global batch of optimiser step `step`.
 
     Args:
         seed: of the run, >= 0.
         step: optimiser step, >= 0.
-        positions: places in the global batch, in [0, global_batch).
-        global_batch: samples in an optimiser step, over all processes.
+        positions: places in the global batch, >= 0, without gaps.
         shape: (C, H, W) of a sample.
-        device: of the results.
+        device: of the tensors.
 
     Returns:
-        float32 tensors; row i depends on (seed, step, positions[i]) only (ε on the kind of the device too).
+        Rows i that depend on (seed, step, positions[i]) only (ε on the kind of the device too).
     """
-    source = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
-    uniforms = source.random((3, global_batch), dtype=np.float32)[:, positions.start : positions.stop]
-    # Drawn for every step anew and before anything is sliced: the words must not depend on who asks.
-    words = source.integers(2**63 - 1, size=global_batch)[positions.start : positions.stop]
+    # Five 64-bit words for each sample, counted from the first of the global batch, whoever asks for which.
+    words = np.random.Philox(np.random.SeedSequence([seed, step])).random_raw((positions.stop, 5))[positions.start :]
+    uniforms = torch.from_numpy((words[:, :3].T >> 40).astype(np.float32) / 2**24).to(device, non_blocking=True)
     noise = torch.empty((len(positions), *shape), device=device)
     generator = torch.Generator(device)
-    for row, word in zip(noise, words.tolist(), strict=True):
+    for row, word in zip(noise, words[:, 3].tolist(), strict=True):
         row.normal_(generator=generator.manual_seed(word))
-    return Draws(*torch.from_numpy(uniforms.copy()).to(device, non_blocking=True), noise)
+    return Draws(*uniforms, noise, words[0, 4].item())
 
 
 def build_scheduler(config: TrainingConfig) -> CustomDDPMScheduler:
@@ -155,13 +155,14 @@ def _initial_pipeline(config: TrainingConfig, data: ImageData) -> tuple[CustomUN
 
 
 class _Stop:
-    """Whether the run shall end early, as all processes agree: a signal to any of them, or its time is over."""
+    """Whether the run shall end early, as all processes agree: a signal came to any of them, or its time is over."""
 
     def __init__(self, accelerator: Accelerator, max_train_time: float | None):
-        self._accelerator = accelerator
         self._deadline = math.inf if max_train_time is None else time.monotonic() + 60 * max_train_time
-        self._vote: torch.Tensor | None = None
-        self._pending: Any = None
+        self._launcher = launcher_pid()
+        # The votes go from host to host, so that no device is waited for.
+        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._vote, self._pending = torch.zeros(()), None
         self.reason: str | None = None
         self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
@@ -178,15 +179,17 @@ class _Stop:
         """To be called by all processes after each step."""
         if self.reason is None and time.monotonic() > self._deadline:
             self.reason = "--max_train_time is over"
-        if self._accelerator.num_processes == 1:
+        if self.reason is None and self._launcher not in (None, os.getppid()):
+            # accelerate's launcher of one process hands no signals on.
+            self.reason = "its launcher has ended"
+        if self._group is None:
             return self.reason is not None
-        # The vote that is counted was cast a step ago: it has arrived by now, and nobody waits for the device.
-        counted = self._vote
+        # What is counted are the votes of a step ago: they have arrived by now.
         if self._pending is not None:
             self._pending.wait()
-        self._vote = torch.tensor(float(self.reason is not None), device=self._accelerator.device)
-        self._pending = torch.distributed.all_reduce(self._vote, async_op=True)
-        stop = counted is not None and counted.item() > 0
+        stop = self._vote.item() > 0
+        self._vote = torch.tensor(float(self.reason is not None))
+        self._pending = torch.distributed.all_reduce(self._vote, group=self._group, async_op=True)
         if stop and self.reason is None:
             self.reason = "another process was told to stop"
         return stop
@@ -215,28 +218,29 @@ def validation_loss(
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> float:
-    """Mean loss on up to 1,024 held-out pictures, whose noise and timesteps are the same in every run of this seed."""
+    """Mean L_simple on up to 1,024 held-out pictures, whose noise and timesteps are the same in every run."""
     images, labels = data.take(1024)
     count, rank, processes = len(images), accelerator.process_index, accelerator.num_processes
     total = torch.zeros(2, device=accelerator.device)
     for start in range(rank * config.train_batch_size, count, processes * config.train_batch_size):
         chosen = range(start, min(start + config.train_batch_size, count))
         x_0 = normalise(images[chosen.start : chosen.stop].to(accelerator.device))
-        chance = draw(config.seed, 0, chosen, count, x_0.shape[1:], accelerator.device)
+        noise = draw(0, 0, chosen, x_0.shape[1:], accelerator.device).noise
         # Spread evenly over 0 … T: less noise in the mean than drawn independently.
         t = ((torch.arange(chosen.start, chosen.stop, device=accelerator.device) + 0.5) / count * len(scheduler)).long()
-        x_t = scheduler.add_noise(x_0, chance.noise, t)
+        x_t = scheduler.add_noise(x_0, noise, t)
         conditions = (
             {} if labels is None else {"class_labels": labels[chosen.start : chosen.stop].to(accelerator.device)}
         )
         output = unet(x_t, t, **conditions).sample
-        losses = diffusion_loss(scheduler, output, x_0, chance.noise, x_t, t)
+        losses = diffusion_loss(scheduler, output, x_0, noise, x_t, t)
         total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=accelerator.device)])
     loss_sum, number = accelerator.reduce(total, "sum").tolist()
     return loss_sum / number
 
 
-def _open_data(config: TrainingConfig, accelerator: Accelerator) -> tuple[ImageData, ImageData | None]:
+def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tuple[ImageData, ImageData | None]:
+    """The pictures to train on, and the held-out ones if there are any, as the configuration says."""
     options: dict[str, Any] = {
         "dataset_name": config.dataset_name,
         "dataset_config_name": config.dataset_config_name,
@@ -254,7 +258,7 @@ def _open_data(config: TrainingConfig, accelerator: Accelerator) -> tuple[ImageD
         "seed": config.seed,
     }
     # One process of each machine decodes; the others then find its work in the cache.
-    with accelerator.local_main_process_first():
+    with state.local_main_process_first():
         data = open_images(split=config.split, image_mode=config.image_mode, center_crop=config.center_crop, **options)
         validation = None
         if config.validation_split is not None:
@@ -300,11 +304,10 @@ def train(config: TrainingConfig) -> Path:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        dynamo_backend="inductor" if config.torch_compile else None,
     )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     resumed = _resumable(config, accelerator)
-    data, validation_data = _open_data(config, accelerator)
+    data, validation_data = open_data(config, accelerator)
     logger.info(data.describe())
 
     torch.manual_seed(config.seed)
@@ -313,6 +316,8 @@ def train(config: TrainingConfig) -> Path:
         unet.enable_gradient_checkpointing()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     unet.to(memory_format=memory_format)
+    if config.torch_compile:
+        unet.compile()  # in place: its weights keep their names
     ema = None
     if config.use_ema:
         ema = EMAModel(
@@ -330,11 +335,15 @@ def train(config: TrainingConfig) -> Path:
 
     batch_size, processes = config.train_batch_size, accelerator.num_processes
     global_batch = batch_size * processes * config.gradient_accumulation_steps
+    step = samples_seen = 0
+    if resumed is not None:
+        step, samples_seen = resumed[1]["step"], resumed[1]["samples_seen"]
     max_train_steps = config.max_train_steps
     if max_train_steps is None:
         if data.num_images is None:
             raise ValueError("--max_train_steps is needed with --streaming: a stream does not tell how long it is")
-        max_train_steps = math.ceil(config.num_epochs * data.num_images / global_batch)
+        # What is left, at the batch of now.
+        max_train_steps = step + math.ceil((config.num_epochs * data.num_images - samples_seen) / global_batch)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -354,17 +363,20 @@ def train(config: TrainingConfig) -> Path:
 
     # ---- where a resumed run stands ----
     settings = {**dataclasses.asdict(config), "dataset": data.fingerprint, "global_batch": global_batch}
-    step = samples_seen = 0
     if resumed is not None:
         path, metadata = resumed
-        saved = metadata["settings"]
-        if differing := differing_settings(saved, settings, [*FIXED_SETTINGS, "dataset"]):
+        fixed, free = [*FIXED_SETTINGS, "dataset"], settings.keys() - {*FIXED_SETTINGS, "dataset", *OWN_SETTINGS}
+        if differing := differing_settings(metadata["settings"], settings, fixed):
             raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
-        for line in differing_settings(saved, settings, [name for name in settings if name not in FIXED_SETTINGS]):
+        for line in differing_settings(metadata["settings"], settings, sorted(free)):
             logger.warning(f"changed since {path.name}: {line}")
         accelerator.load_state(str(path))
-        step, samples_seen = metadata["step"], metadata["samples_seen"]
+        accelerator.step = 0  # its count of batches, which may be of another number of them in a step
         lr_scheduler.last_epoch = step
+        for group, base_lr, factor in zip(
+            optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
+        ):
+            group.update(optimizer.defaults, lr=base_lr * factor(step))  # the flags of now, not of the checkpoint
         if ema is not None:
             averages = load_file(path / EMA_FILE, device=str(accelerator.device))
             for shadow, (name, _) in zip(ema.shadow_params, unet.named_parameters(), strict=True):
@@ -469,7 +481,7 @@ def train(config: TrainingConfig) -> Path:
             start += global_batch
 
     # ---- Algorithm 1 ----
-    null_label = len(data.id2label) if data.id2label is not None else None
+    null_label = len(data.id2label or ())
     skipped_in_a_row = torch.zeros((), device=accelerator.device)
     shape = (data.channels, data.height, data.width)
     batches = data.batches(my_positions(), pin_memory=accelerator.device.type == "cuda")
@@ -483,9 +495,7 @@ def train(config: TrainingConfig) -> Path:
                 images, labels = next(batches)
                 waited += time.perf_counter() - clock
                 first = (micro * processes + accelerator.process_index) * batch_size
-                chance = draw(
-                    config.seed, step, range(first, first + batch_size), global_batch, shape, accelerator.device
-                )
+                chance = draw(config.seed, step, range(first, first + batch_size), shape, accelerator.device)
 
                 x_0 = normalise(images.to(accelerator.device, non_blocking=True))
                 if config.random_flip:
@@ -500,8 +510,7 @@ def train(config: TrainingConfig) -> Path:
                     conditions["class_labels"] = torch.where(chance.label < config.label_dropout, null_label, labels)
 
                 with accelerator.accumulate(model):
-                    # Dropout's own chance: one seed for each batch of the global batch.
-                    torch.manual_seed(hash((config.seed, step, first)) % 2**63)
+                    torch.manual_seed(chance.dropout_seed)
                     x_t = scheduler.add_noise(x_0, chance.noise, t).to(memory_format=memory_format)
                     output = model(x_t, t, **conditions).sample
                     losses = diffusion_loss(
@@ -522,13 +531,15 @@ def train(config: TrainingConfig) -> Path:
                         skipped = (~torch.isfinite(grad_norm)).float()
                         if accelerator.scaler is None:
                             # GradScaler's flag: a fused optimiser leaves the step out, and the host is not asked.
-                            optimizer.found_inf = skipped
+                            optimizer.found_inf = skipped  # type: ignore[attr-defined]
                     prepared_optimizer.step()
                     prepared_optimizer.zero_grad()
-                    seen.append((t, losses.detach()))
+                    seen.append((t, losses.detach().nan_to_num(0.0, 0.0, 0.0)))
             if sampler is not None:
                 # Once all of the step is drawn, and in the order of the global batch.
-                sampler.update(*(torch.cat([accelerator.gather(part) for part in parts]) for parts in zip(*seen, strict=True)))
+                sampler.update(
+                    *(torch.cat([accelerator.gather(part) for part in parts]) for parts in zip(*seen, strict=True))
+                )
             lr_scheduler.step()
             if ema is not None:
                 ema.step(unet.parameters())
@@ -539,8 +550,9 @@ def train(config: TrainingConfig) -> Path:
 
             stopping = stop.agreed()
             last = step == max_train_steps or stopping
-            if step % config.logging_steps == 0 or last:
-                journal.log(step, lr_scheduler.get_last_lr()[0])
+            # At every checkpoint too, so that a run that goes on from there tells no less.
+            if step % config.logging_steps == 0 or step % config.checkpointing_steps == 0 or last:
+                journal.log(step, float(lr_scheduler.get_last_lr()[0]))
                 if skipped_in_a_row.item() >= MAX_SKIPPED_STEPS:
                     good = find_checkpoint(output_dir)
                     raise FloatingPointError(
