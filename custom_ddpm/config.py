@@ -254,7 +254,7 @@ def parse_config(argv: Sequence[str], default_config: Path | None = None) -> Tra
         default_config: YAML file that is used when neither data nor --config is given.
     """
     parser = HfArgumentParser(
-        TrainingConfig,
+        TrainingConfig,  # type: ignore[arg-type]
         usage="accelerate launch train_ddpm.py [--config FILE] [--flag value ...]",
         description="Train a DDPM on any pictures. Without flags: on the digits in examples/.",
         allow_abbrev=False,
