@@ -16,7 +16,7 @@ import torch
 
 def _laplace_alpha_bar(u: float) -> float:
     # √ of the paper's ᾱ, and 1e-6 inside the logarithm: diffusers' reading, kept so that configurations interchange.
-    log_snr = -0.5 * math.copysign(1.0, 0.5 - u) * math.log(1.0 - 2.0 * abs(0.5 - u) + 1e-6)
+    log_snr = -math.copysign(0.5, 0.5 - u) * math.log(1.0 - 2.0 * abs(0.5 - u) + 1e-6)
     return math.sqrt(1.0 / (1.0 + math.exp(-log_snr)))
 
 
@@ -93,9 +93,8 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
         float64 (T,); its last value is exactly 1.
     """
     root = (0.5 * log_alphas_cumprod(betas)).exp()
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    alphas = (root[1:] / root[:-1]) ** 2
-    return torch.cat([betas[:1].double(), 1.0 - alphas])
+    shifted = root - root[-1]  # the scale that restores the first value cancels in every ratio
+    return torch.cat([betas[:1].double(), 1.0 - (shifted[1:] / shifted[:-1]) ** 2])
 
 
 def resample_betas(betas: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:

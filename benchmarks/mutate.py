@@ -1,0 +1,134 @@
+"""Does any wrong coefficient go unnoticed? `python benchmarks/mutate.py [schedules scheduler objective]`
+
+Every number of a formula, every arithmetic expression and every mathematical call of the three files is multiplied by
+1.0001, every + − × ÷ is swapped with its opposite and every minus sign dropped: one change at a time, and for each the
+tests run until one fails. Printed are the survivors. Two processes; the files themselves are not touched.
+"""
+
+import ast
+import contextlib
+import copy
+import importlib.util
+import io
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# What the tests need is imported once, here, and inherited by every fork; the package itself must not be.
+import diffusers  # noqa: F401
+import hypothesis
+import mpmath  # noqa: F401
+import pytest
+import scipy.stats  # noqa: F401
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {
+    "schedules": ("test_schedules.py",),
+    "scheduler": ("test_scheduler.py", "test_exact_world.py", "test_scheduler_against_diffusers.py"),
+    "objective": ("test_objective.py",),
+}
+SLOW = "not compile and not million and not samples_"  # the others see the same coefficients
+MATHEMATICS = set(
+    "arange cat clamp cos cumsum diff exp expm1 lerp linspace log log1p log_ndtr maximum mean quantile sigmoid sqrt "
+    "square sum".split()
+)
+OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+ARITHMETIC = (*OPPOSITE, ast.Pow, ast.FloorDiv, ast.Mod)
+
+
+def is_arithmetic(node: ast.AST) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ARITHMETIC)
+
+
+def changes(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
+    """The wrong versions of one node. An integer counts as a number where it is calculated with."""
+    number = type(node.value) if isinstance(node, ast.Constant) else None
+    is_number = number is float or (number is int and is_arithmetic(parent))
+    is_mathematics = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in MATHEMATICS
+    if is_number or is_arithmetic(node) or is_mathematics:
+        yield ast.BinOp(copy.deepcopy(node), ast.Mult(), ast.Constant(1.0001))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPPOSITE:
+        yield ast.BinOp(node.left, OPPOSITE[type(node.op)](), node.right)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield node.operand
+
+
+def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
+    """Where an expression can be changed: parent, field, index. Annotations, messages and subscripts are left alone."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "slice", "decorator_list"):
+            continue
+        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST) and not isinstance(child, (ast.Raise, ast.JoinedStr)):
+                yield node, field, index
+                yield from places(child)
+
+
+def mutants(tree: ast.Module) -> Iterator[str]:
+    """Changes the tree in place, one change at a time, describing each."""
+    for parent, field, index in list(places(tree)):
+        holder, key = (vars(parent), field) if index is None else (getattr(parent, field), index)
+        original = holder[key]
+        for changed in changes(original, parent):
+            holder[key] = changed
+            ast.fix_missing_locations(ast.copy_location(changed, original))
+            yield f"{original.lineno}: {ast.unparse(original)}  ->  {ast.unparse(changed)}"
+        holder[key] = original
+
+
+class MutantLoader(SourceFileLoader):
+    def __init__(self, module: str, number: int) -> None:
+        super().__init__(f"custom_ddpm.{module}", str(ROOT / "custom_ddpm" / f"{module}.py"))
+        self.number = number
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        tree = ast.parse(Path(self.path).read_text())
+        for number, _ in enumerate(mutants(tree)):
+            if number == self.number:
+                break
+        return compile(tree, self.path, "exec")
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
+
+
+def survives(task: tuple[str, int]) -> bool:
+    module, number = task
+    torch.set_num_threads(1)
+    sys.meta_path.insert(0, MutantLoader(module, number))
+    hypothesis.settings.register_profile("mutate", database=None, deadline=None, max_examples=20)
+    hypothesis.settings.load_profile("mutate")
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", SLOW]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return all(pytest.main([*arguments, str(ROOT / "tests" / name)]) == 0 for name in TESTS[module])
+
+
+def main() -> None:
+    descriptions = {}
+    for module in sys.argv[1:] or TESTS:
+        tree = ast.parse((ROOT / "custom_ddpm" / f"{module}.py").read_text())
+        descriptions.update({(module, i): text for i, text in enumerate(mutants(tree))})
+    print(f"{len(descriptions)} mutants", flush=True)
+    survivors = 0
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        tasks = [(module, -1) for module in dict.fromkeys(module for module, _ in descriptions)]
+        if not all(pool.map(survives, tasks, chunksize=1)):
+            sys.exit("the tests fail without any change")
+        for task, survived in zip(descriptions, pool.imap(survives, descriptions, chunksize=1), strict=True):
+            if survived:
+                survivors += 1
+                print(f"survived  custom_ddpm/{task[0]}.py:{descriptions[task]}", flush=True)
+    print(f"{len(descriptions) - survivors} killed, {survivors} survived")
+
+
+if __name__ == "__main__":
+    main()
