@@ -16,7 +16,7 @@ from diffusers.training_utils import compute_snr
 from custom_ddpm.scheduler import CustomDDPMScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import reference  # noqa: E402
+import reference
 
 T = 1000
 Table = dict[str, torch.Tensor]

@@ -409,7 +409,7 @@ def test_timesteps_are_uniform_until_every_one_is_known():
     assert timesteps.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and timesteps.dtype == torch.int64
     assert weights.tolist() == pytest.approx([1.0] * 8)
     sampler.update(torch.tensor([3]), torch.tensor([1.0]))
-    assert sampler.sample(uniforms)[0].tolist() == [0, 0, 0, 0, 0, 0, 2, 3]  # p_0 = 3/4
+    assert sampler.sample(uniforms)[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 3]  # p_0 = 3/4
 
 
 def test_probabilities_follow_the_root_of_the_second_moment():
