@@ -94,8 +94,6 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
-    # Saved only where it is used: other schedulers warn of an argument they do not know.
-    ignore_for_config = ["original_sample_variances"]
     order = 1
     config: Any
 
@@ -141,8 +139,11 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
             self.register_to_config(trained_betas=betas.tolist())
-        # Other schedulers have other defaults (β_T = 0.012, say); `from_config` of theirs shall get ours.
-        self.register_to_config(_use_default_values=[])
+        # Other schedulers have other defaults (β_T = 0.012, say): `from_config` of theirs shall get ours, all but the
+        # one that they do not know and would warn of.
+        self.register_to_config(
+            _use_default_values=["original_sample_variances"] if original_sample_variances is None else []
+        )
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 

@@ -245,6 +245,15 @@ def test_their_conversion_in_memory_changes_the_betas():
 # ---- interchange ----
 
 
+def test_conversion_in_memory_warns_of_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
+    DDIMScheduler.from_config(CustomDDPMScheduler().config)
+    assert not caplog.records
+    measured = CustomDDPMScheduler(variance_type="analytic", original_sample_variances=[0.1] * 1000)
+    DDIMScheduler.from_config(measured.config)
+    assert "original_sample_variances" in caplog.text  # what DDIM cannot use is not dropped in silence
+
+
 def build(scheduler_class, config):
     try:
         return scheduler_class.from_config(config)
