@@ -122,7 +122,7 @@ def push_pipeline(
     try:
         return _in_thread(push).result(timeout)
     except FutureTimeoutError:
-        raise HubError(_failure(folder, repo_id, f"it has not ended after {timeout:.0f} s")) from None
+        raise HubError(_failure(folder, repo_id, private, f"it has not ended after {timeout:.0f} s")) from None
 
 
 class BackgroundPush:
@@ -152,7 +152,7 @@ class BackgroundPush:
         try:
             push = _prepare(folder, self.repo_id, self.private, self.token, commit_message)
         except (OSError, ValueError) as error:
-            logger.warning("%s", _failure(folder, self.repo_id, _one_line(error)))
+            logger.warning("%s", _failure(folder, self.repo_id, self.private, _one_line(error)))
             return
         self._running = _in_thread(lambda: self._reported(push))
 
@@ -167,7 +167,9 @@ class BackgroundPush:
             if self._running is not None:
                 self._running.exception(timeout)
         except FutureTimeoutError:
-            logger.warning("%s", _failure(folder, self.repo_id, f"it has not ended after {timeout:.0f} s"))
+            logger.warning(
+                "%s", _failure(folder, self.repo_id, self.private, f"it has not ended after {timeout:.0f} s")
+            )
 
     @staticmethod
     def _reported(push: Callable[[], str]) -> str:
@@ -242,7 +244,7 @@ def _prepare(
                     api.create_branch(full_id, branch=STOCK_BRANCH, exist_ok=True)
                     _commit(api, full_id, STOCK_BRANCH, stock, commit_message)
             except _NETWORK_ERRORS as error:
-                raise HubError(_failure(folder, repo_id, _reason(error))) from error
+                raise HubError(_failure(folder, repo_id, private, _reason(error))) from error
             return str(repo)
 
     return push
@@ -305,8 +307,8 @@ def _reason(error: BaseException) -> str:
     return reason
 
 
-def _failure(folder: str | Path, repo_id: str, reason: str) -> str:
-    again = shlex.join(["custom-ddpm", "push", str(folder), repo_id])
+def _failure(folder: str | Path, repo_id: str, private: bool | None, reason: str) -> str:
+    again = shlex.join(["custom-ddpm", "push", str(folder), repo_id, *(["--private"] if private else [])])
     return f"pushing to {repo_id} failed: {reason}. The pipeline is whole in {folder}; push it again with: {again}"
 
 
@@ -332,7 +334,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> ModelCard:
             steps: optimiser steps taken.
             metrics: what was measured, name -> number; it becomes the Hub's model-index.
             evaluation: how it was measured, name -> value.
-            command: the command line that made the model.
+            command: the command line that made the model; told with ~ for the home folder.
 
     Returns:
         The card, as written.
@@ -345,7 +347,6 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> ModelCard:
         json.loads((folder / file).read_text(encoding="utf-8"))
         for file in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
     )
-    name = folder.resolve().name
     license = facts.get("license") or "unknown"
     dataset, dataset_id = _hub_id(facts.get("dataset"))
     _, base_model = _hub_id(facts.get("base_model"))
@@ -358,7 +359,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> ModelCard:
         tags=["ddpm", "custom-ddpm", *(["class-conditional"] if by_class else [])],
         datasets=dataset_id and [dataset_id],
         base_model=base_model,
-        model_name=name,
+        model_name=folder.resolve().name,
         eval_results=[EvalResult(TASK, dataset_id or "image", dataset or "unknown", *pair) for pair in metrics.items()]
         or None,
     )
@@ -370,6 +371,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> ModelCard:
     classes = ", ".join(f"{label} ({text})" for label, text in names.items())
     recipe = {key: value for key, value in facts.get("recipe", {}).items() if _is_told(key, value)}
     evaluation = ", ".join(f"{key} {value}" for key, value in facts.get("evaluation", {}).items())
+    command = re.sub(rf"{re.escape(str(Path.home()))}(?=/)", "~", facts.get("command", ""))
     libraries = ("torch", "diffusers", "accelerate", "datasets")
     versions = [
         f"custom-ddpm {__version__}",
@@ -377,7 +379,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> ModelCard:
     ]
     draw = f"class_labels={[i % len(names or [0]) for i in range(4)]}" if by_class else "batch_size=4"
     paragraphs = [
-        f"# {name}",
+        f"# DDPM of {colours} pictures, {height}x{width}",
         f"A denoising diffusion probabilistic model ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) of {colours} "
         f"pictures, {height}x{width} pixels{', drawn by class' if by_class else ''}. Its U-Net has "
         f"{_count_parameters(folder / 'unet'):,} parameters and predicts {noise['prediction_type']}; noise is added in "
@@ -409,7 +411,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> ModelCard:
         license == "unknown"
         and "The licence of the weights was not stated: ask who published them before you use them.",
         "## How it was made",
-        facts.get("command") and f"```bash\n{facts['command']}\n```",
+        command and f"```bash\n{command}\n```",
         f"{', '.join(versions)}, Python {platform.python_version()}.",
     ]
     text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)

@@ -264,7 +264,7 @@ def test_private_is_private_and_is_never_pushed_to_a_public_repository(hub, run)
     assert hub.repos["model", "user/secret"].private
     push_pipeline(run, "user/open", token=hub.token)
     train_a_little(run)
-    with pytest.raises(HubError, match="user/open is there and public"):
+    with pytest.raises(HubError, match=r"user/open is there and public.* user/open --private$"):
         push_pipeline(run, "user/open", token=hub.token, private=True)
     assert len(hub.log("user/open")) == 2
 
@@ -554,6 +554,12 @@ def test_a_local_dataset_is_named_but_its_place_is_not(run, tmp_path):
     card = write_model_card(run, {"dataset": str(tmp_path / "my-pictures"), "base_model": str(run)})
     assert card.data.datasets is None and card.data.base_model is None
     assert "`my-pictures`" in card.text and str(tmp_path) not in str(card)
+
+
+def test_the_home_folder_in_the_command_is_not_told(run, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    card = write_model_card(run, {"command": "train_ddpm.py --output_dir /home/someone/runs/a"})
+    assert "train_ddpm.py --output_dir ~/runs/a" in card.text and "someone" not in str(card)
 
 
 def test_a_token_in_the_command_or_the_recipe_is_not_on_the_card(hub, run):
