@@ -302,6 +302,17 @@ def test_errors_of_the_background_surface_in_order(tmp_path):
         next(batches)
 
 
+def test_memory_is_pinned_where_asked(tmp_path, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    folder = make(tmp_path / "d", numbered(3), label=([0, 1, 0], datasets.ClassLabel(2)))
+    data = open_images(dataset_name=folder, resolution=4, class_conditional=True)
+    list(data.batches([[0, 1]]))
+    assert not pinned
+    ((images, labels),) = data.batches([[0, 1]], pin_memory=True)
+    assert torch.equal(images, pinned[0]) and torch.equal(labels, pinned[1])
+
+
 # labels
 
 
