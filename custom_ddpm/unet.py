@@ -219,7 +219,15 @@ def _check_arguments(config: Any) -> None:
             raise ValueError(message)
 
     channels, groups, mid_groups = config.block_out_channels, config.norm_num_groups, config.attn_norm_num_groups
-    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "num_class_embeds"):
+    counts = (
+        "in_channels",
+        "out_channels",
+        "layers_per_block",
+        "attention_head_dim",
+        "norm_num_groups",
+        "num_class_embeds",
+    )
+    for name in counts:
         require(config[name] is None or config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
     for name, known in BLOCK_TYPES.items():
         types = config[name]
