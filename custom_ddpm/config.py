@@ -54,7 +54,7 @@ class TrainingConfig:
     random_flip: bool = _flag(False, "flip pictures left-right at random")
     streaming: bool = _flag(False, "read the dataset as a stream, without storing it on the disk")
     on_bad_image: Literal["raise", "skip"] = _flag("raise", "what to do with a picture that cannot be read")
-    dataloader_num_workers: int = _flag(0, "processes that decode pictures that cannot be cached")
+    dataloader_num_workers: int = _flag(0, "processes that decode, for the cache or a stream")
     cache_dir: str | None = _flag(None, "where datasets are stored")
 
     # ---- model ----

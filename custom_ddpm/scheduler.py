@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -170,8 +170,11 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"timestep; got {len(variances)}"
             )
         self._original_sample_variances = variances
-        if original_sample_variances is not None:
-            self.register_to_config(original_sample_variances=variances.tolist())
+        if original_sample_variances is None:
+            # Other schedulers warn of an argument that they do not know; it is in the configuration where it is used.
+            self._internal_dict = FrozenDict(
+                {name: value for name, value in self.config.items() if name != "original_sample_variances"}
+            )
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
