@@ -1,0 +1,88 @@
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import make_pipeline
+
+from custom_ddpm import CustomDDPMPipeline
+from custom_ddpm.cli import main
+from custom_ddpm.config import TrainingConfig
+
+
+@pytest.fixture
+def model(tmp_path):
+    make_pipeline(classes=3).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(*words):
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code not in (0, None)
+    return str(stop.value)
+
+
+def test_sample_draws_a_picture_for_each_seed(model, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    words = ["sample", model, "--output_dir", folder, "--num_images", 3, "--seed", 5, "--class_labels", "class 2", 0]
+    main([str(word) for word in [*words, "--guidance_scale", 2, "--num_inference_steps", 10, "--eta", 0.5]])
+    assert sorted(file.name for file in folder.iterdir()) == ["grid.png", "seed-5.png", "seed-6.png", "seed-7.png"]
+    expected = CustomDDPMPipeline.from_pretrained(model)(
+        class_labels=[2, 0, 2],
+        guidance_scale=2.0,
+        num_inference_steps=10,
+        eta=0.5,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)],
+    ).images
+    for seed, picture in zip((5, 6, 7), expected, strict=True):
+        assert np.array_equal(np.asarray(PIL.Image.open(folder / f"seed-{seed}.png")), np.asarray(picture))
+    assert f"3 pictures and grid.png in {folder}" in capsys.readouterr().out
+    assert "is there already and not empty" in refused("sample", model, "--output_dir", folder)
+
+
+def test_convert_there_and_back(tmp_path):
+    make_pipeline(channels=3).save_pretrained(tmp_path / "ours")
+    main(["convert", str(tmp_path / "ours"), str(tmp_path / "stock")])
+    index = json.loads((tmp_path / "stock" / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    main(["convert", str(tmp_path / "stock"), str(tmp_path / "again"), "--to", "custom"])
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "ours" / weights).read_bytes()
+
+
+def test_verify(model, capsys):
+    main(["verify", str(model)])
+    assert "the code is this release's" in capsys.readouterr().out
+    with (model / "unet" / "unet.py").open("a") as file:
+        file.write("# changed\n")
+    assert "unet/unet.py" in refused("verify", model)
+
+
+def test_analytic_variance_is_saved_with_the_model(tmp_path):
+    folder, pictures = tmp_path / "run", tmp_path / "pictures"
+    make_pipeline().save_pretrained(folder)
+    pictures.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(8):
+        PIL.Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(pictures / f"{i}.png")
+    config = TrainingConfig(train_data_dir=str(pictures), resolution=[8], cache_dir=str(tmp_path / "cache"))
+    (folder / "training_config.yaml").write_text(config.to_yaml())
+    main(["analytic-variance", str(folder), "--num_images", "8"])
+    scheduler = CustomDDPMPipeline.from_pretrained(folder).scheduler
+    assert scheduler.config.variance_type == "analytic"
+    variances = np.array(scheduler.config.original_sample_variances)
+    # An untrained model knows nothing: its error is what clipping leaves, and least where x_t still shows x_0.
+    assert len(variances) == 20 and (variances > 0).all() and variances[0] < variances[-1] < 4
+
+
+def test_errors_are_one_line(tmp_path):
+    assert "custom-ddpm: error:" in refused("sample", tmp_path / "nowhere")
+    make_pipeline(classes=3).save_pretrained(tmp_path / "model")
+    words = ("sample", tmp_path / "model", "--output_dir", tmp_path / "new", "--class_labels", "class 7")
+    assert refused(*words).startswith("custom-ddpm: error: class label 'class 7' is unknown")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
