@@ -24,7 +24,7 @@ def scheduler_from_diffusers(scheduler: DDPMScheduler) -> CustomDDPMScheduler:
     """
     if not isinstance(scheduler, DDPMScheduler):
         raise TypeError(f"scheduler must be a DDPMScheduler, got {type(scheduler).__name__}")
-    return CustomDDPMScheduler.from_config(scheduler.config)
+    return CustomDDPMScheduler.from_config(scheduler.config)  # type: ignore[attr-defined]
 
 
 def scheduler_to_diffusers(scheduler: CustomDDPMScheduler) -> DDPMScheduler:
@@ -48,7 +48,8 @@ def scheduler_to_diffusers(scheduler: CustomDDPMScheduler) -> DDPMScheduler:
 def pipeline_from_diffusers(source: str | os.PathLike | DDPMPipeline, **hub_options: Any) -> CustomDDPMPipeline:
     """A stock DDPM as a `CustomDDPMPipeline`, in memory or read from where it was saved.
 
-    Older repositories are read too: weights at their root, attention weights under their old names.
+    Older repositories are read too: weights at their root, attention weights under their old names. A scheduler other
+    than `DDPMScheduler` stays what it is.
 
     Args:
         source: a folder, a Hub repository such as "google/ddpm-cifar10-32", or the pipeline itself (its tensors are
@@ -58,31 +59,38 @@ def pipeline_from_diffusers(source: str | os.PathLike | DDPMPipeline, **hub_opti
 
     Raises:
         OSError: there is no pipeline, or none whose weights are safetensors; pickles are not read.
-        TypeError: its network is no `UNet2DModel`, or its scheduler no `DDPMScheduler`.
+        TypeError: its network is no `UNet2DModel`.
         ValueError: a setting that our classes cannot express, by name.
     """
+    stock: Any = source
     if not isinstance(source, DDPMPipeline):
-        source = DDPMPipeline.from_pretrained(source, use_safetensors=True, **hub_options)
-    return CustomDDPMPipeline(
-        unet=CustomUNet2DModel.from_diffusers(source.unet), scheduler=scheduler_from_diffusers(source.scheduler)
-    )
+        stock = DDPMPipeline.from_pretrained(source, use_safetensors=True, **hub_options)
+    scheduler = stock.scheduler
+    if isinstance(scheduler, DDPMScheduler):
+        scheduler = scheduler_from_diffusers(scheduler)
+    return CustomDDPMPipeline(unet=CustomUNet2DModel.from_diffusers(stock.unet), scheduler=scheduler)
 
 
 def pipeline_to_diffusers(pipeline: CustomDDPMPipeline) -> DDPMPipeline:
     """The same pictures from diffusers' own classes, which load without any code of ours.
 
+    A scheduler other than `CustomDDPMScheduler` stays what it is.
+
     Raises:
         ValueError: what `DDPMPipeline` cannot do: class labels, a picture size that does not halve evenly or is not
             set, and what `scheduler_to_diffusers` refuses.
     """
-    config = pipeline.unet.config
+    config, scheduler = pipeline.unet.config, pipeline.scheduler
     if config.num_class_embeds is not None:
         raise ValueError(
-            f"DDPMPipeline passes no class_labels, and this unet has num_class_embeds={config.num_class_embeds}; "
-            "unet.to_diffusers() converts the network alone"
+            f"DDPMPipeline cannot pass class labels on; this model has num_class_embeds={config.num_class_embeds} "
+            "(unet.to_diffusers() converts the network alone)"
         )
-    stride = 2 ** (len(config.block_out_channels) - 1)
-    size = config.sample_size
-    if size is None or any(side % stride for side in ([size] if isinstance(size, int) else size)):
-        raise ValueError(f"DDPMPipeline needs a sample_size of multiples of {stride}, and this unet has {size}")
-    return DDPMPipeline(unet=pipeline.unet.to_diffusers(), scheduler=scheduler_to_diffusers(pipeline.scheduler))
+    stride, size = 2 ** (len(config.block_out_channels) - 1), config.sample_size
+    if size is None:
+        raise ValueError("DDPMPipeline draws pictures of the unet's sample_size only; this unet has none")
+    if any(side % stride for side in ([size] if isinstance(size, int) else size)):
+        raise ValueError(f"UNet2DModel does not pad: sample_size {size} is no multiple of {stride}")
+    if isinstance(scheduler, CustomDDPMScheduler):
+        scheduler = scheduler_to_diffusers(scheduler)
+    return DDPMPipeline(unet=pipeline.unet.to_diffusers(), scheduler=scheduler)
