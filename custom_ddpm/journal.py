@@ -108,10 +108,10 @@ class Journal:
             lr=f"{learning_rate:.1e}",
             images_per_s=f"{line['images_per_second']:.0f}",
         )
-        if line["data_wait"] > 0.1:
+        if line["data_wait"] > 0.1 and self._waited > 1:
             logger.warning(
-                f"step {step}: {line['data_wait']:.0%} of the time was spent waiting for pictures; "
-                "raise --dataloader_num_workers"
+                f"step {step}: {line['data_wait']:.0%} of the time was spent waiting for pictures; with --streaming "
+                "raise --dataloader_num_workers, without it the disk of --cache_dir is slow"
             )
         self._levels.zero_()
         self._steps.zero_()
