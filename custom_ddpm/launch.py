@@ -6,7 +6,9 @@ torch's own launcher.
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +51,7 @@ def start_all_cpu_processes() -> None:
     command = ["--nnodes", str(machines), "--nproc_per_node", str(asked.num_processes // machines)]
     command += ["--node_rank", str(asked.machine_rank or 0)]
     command += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
         torch.distributed.run.main([*command, *sys.argv])
     except ChildFailedError as error:
@@ -58,6 +61,13 @@ def start_all_cpu_processes() -> None:
     except SignalException as error:
         sys.exit(128 + error.sigval)
     sys.exit()
+
+
+def _end_with(parent: int) -> None:
+    # accelerate's launcher of one process, when it is told to end, tells nobody.
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
