@@ -83,12 +83,12 @@ def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: t
     """
     # Five 64-bit words for each sample, counted from the first of the global batch, whoever asks for which.
     words = np.random.Philox(np.random.SeedSequence([seed, step])).random_raw((positions.stop, 5))[positions.start :]
-    uniforms = torch.from_numpy((words[:, :3].T >> 40).astype(np.float32) / 2**24).to(device, non_blocking=True)
+    uniforms = (words[:, :3].T >> 40).astype(np.float32, order="C") / 2**24
     noise = torch.empty((len(positions), *shape), device=device)
     generator = torch.Generator(device)
     for row, word in zip(noise, words[:, 3].tolist(), strict=True):
         row.normal_(generator=generator.manual_seed(word))
-    return Draws(*uniforms, noise, words[0, 4].item())
+    return Draws(*torch.from_numpy(uniforms).to(device, non_blocking=True), noise, words[0, 4].item())
 
 
 def build_scheduler(config: TrainingConfig) -> CustomDDPMScheduler:
@@ -168,7 +168,8 @@ class _Stop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = f"{signal.Signals(number).name} came"
-        self.restore()  # a second signal ends the process at once
+        if self._launcher is None:
+            self.restore()  # a second signal ends the process at once; of a launcher it is the echo of the first
 
     def restore(self) -> None:
         """Give the signals back to who had them."""
@@ -305,6 +306,9 @@ def train(config: TrainingConfig) -> Path:
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        # accelerate goes on in single precision, and does not say so.
+        raise ValueError("--mixed_precision is fp16, which a CPU has no training for; it must be bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     resumed = _resumable(config, accelerator)
     data, validation_data = open_data(config, accelerator)
@@ -378,7 +382,7 @@ def train(config: TrainingConfig) -> Path:
         ):
             group.update(optimizer.defaults, lr=base_lr * factor(step))  # the flags of now, not of the checkpoint
         if ema is not None:
-            averages = load_file(path / EMA_FILE, device=str(accelerator.device))
+            averages = load_file(path / EMA_FILE)
             for shadow, (name, _) in zip(ema.shadow_params, unet.named_parameters(), strict=True):
                 shadow.copy_(averages[name])
             ema.optimization_step = metadata["ema_step"]
