@@ -1,0 +1,146 @@
+"""Training runs of a second, on 8x8 digits, for the tests; and what is left of them, to compare."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState
+
+from custom_ddpm import training
+from custom_ddpm.config import TrainingConfig
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "examples" / "digits")
+SCRIPT = str(ROOT / "train_ddpm.py")
+TINY = {
+    "dataset_name": DIGITS,
+    "resolution": [8],
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "ddpm_num_steps": 20,
+    "train_batch_size": 4,
+    "max_train_steps": 12,
+    "lr_warmup_steps": 3,
+    "learning_rate": 1e-3,
+    "checkpointing_steps": 4,
+    "save_images_steps": 1_000_000,
+    "eval_batch_size": 2,
+    "ddpm_num_inference_steps": 1,
+    "logging_steps": 5,
+}
+# All that chance has a part in, but the importance sampling of t.
+RANDOM = {
+    "dropout": 0.2,
+    "random_flip": True,
+    "class_conditional": True,
+    "label_dropout": 0.3,
+    "gradient_accumulation_steps": 2,
+}
+
+
+class Killed(BaseException):
+    """A process that ends where it stands, as far as a test can play it: nothing catches this."""
+
+
+def tiny(output_dir: Path, **changes: Any) -> TrainingConfig:
+    return TrainingConfig(**{**TINY, "output_dir": str(output_dir), **changes})
+
+
+def flags(output_dir: Path, **changes: Any) -> list[str]:
+    """The same as words of the command line."""
+    words = []
+    for name, value in {**TINY, "output_dir": str(output_dir), **changes}.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run(output_dir: Path, **changes: Any) -> Path:
+    """Train in this process, as if it had just started."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return training.train(tiny(output_dir, **changes))
+
+
+def run_killed_at(monkeypatch: Any, step: int, output_dir: Path, **changes: Any) -> None:
+    """Train, and be killed in optimiser step `step`, counted from 0."""
+    steps_begun = iter(range(10**6))
+    draw = training.draw
+
+    def draw_or_die(seed: int, at: int, *arguments: Any) -> training.Draws:
+        if at == step and next(steps_begun) == changes.get("gradient_accumulation_steps", 1) - 1:
+            raise Killed
+        return draw(seed, at, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "draw", draw_or_die)
+        try:
+            run(output_dir, **changes)
+        except Killed:
+            return
+    raise AssertionError(f"the run never came to step {step}")
+
+
+def _one_process(rank: int, processes: int, port: int, output_dir: Path, changes: dict[str, Any]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    run(output_dir, **changes)
+
+
+def run_on_processes(processes: int, output_dir: Path, **changes: Any) -> None:
+    """Train on several processes, forked from this one: no launcher, and no minute to wait for their imports."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    arguments = [(rank, processes, port, output_dir, changes) for rank in range(processes)]
+    workers = [context.Process(target=_one_process, args=each) for each in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * processes
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: weights, averages, optimiser state, history of the sampler of t."""
+    tensors = {}
+    for file in checkpoint.glob("*.safetensors"):
+        tensors |= {f"{file.stem}/{name}": value for name, value in safetensors.torch.load_file(file).items()}
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    for index, values in optimizer["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+    tensors["learning rate"] = torch.tensor(optimizer["param_groups"][0]["lr"], dtype=torch.float64)
+    tensors["EMA step"] = torch.tensor(json.loads((checkpoint / "metadata.json").read_text())["ema_step"] or 0)
+    return tensors
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """The names of the tensors that are not the same in every bit."""
+    one_state, other_state = state(one), state(other)
+    assert one_state.keys() == other_state.keys()
+    return [name for name, value in one_state.items() if not torch.equal(value, other_state[name])]
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` without what is a matter of time."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def python_environment(**changes: str) -> dict[str, str]:
+    """For a program of its own: one thread, no pause, and nothing of a launcher that the tests may run under."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **changes}
+
+
+PYTHON = sys.executable
+LAUNCH = [PYTHON, "-m", "accelerate.commands.accelerate_cli", "launch"]

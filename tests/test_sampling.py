@@ -1,0 +1,109 @@
+"""custom_ddpm/sampling.py: a picture is its seed's, and a grid holds the pictures."""
+
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import make_pipeline
+
+from custom_ddpm.sampling import image_grid, sample_images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_picture_is_a_function_of_its_seed(pipeline):
+    seeds = [3, 1, 4, 1, 5]
+    whole = sample_images(pipeline, seeds, batch_size=5)
+    assert whole.dtype == torch.uint8 and whole.shape == (5, 1, 8, 8) and whole.device.type == "cpu"
+    assert torch.equal(whole[1], whole[3])
+    assert len({bytes(image.numpy()) for image in whole}) == 4
+    for batch_size in (1, 2, 3, 64):
+        assert torch.equal(sample_images(pipeline, seeds, batch_size=batch_size), whole)
+    assert torch.equal(sample_images(pipeline, seeds[::-1], batch_size=2), whole.flip(0))
+
+
+def test_pictures_are_those_of_the_pipeline(pipeline):
+    for seed, image in zip([0, 7], sample_images(pipeline, [0, 7], num_inference_steps=5), strict=True):
+        expected = pipeline(generator=torch.Generator().manual_seed(seed), num_inference_steps=5).images[0]
+        np.testing.assert_array_equal(image[0], np.asarray(expected))
+
+
+def test_labels_go_with_their_seeds(class_pipeline):
+    whole = sample_images(class_pipeline, [0, 0, 1], [0, 2, 2], guidance_scale=2.0)
+    for i, (seed, label) in enumerate([(0, 0), (0, 2), (1, 2)]):
+        assert torch.equal(sample_images(class_pipeline, [seed], [label], guidance_scale=2.0)[0], whole[i])
+    assert not torch.equal(whole[0], whole[1])
+
+
+def one_of(rank, processes, port, folder, channels):
+    """A process of several, as a launcher starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.save(sample_images(make_pipeline(channels), [5, 6, 7, 8, 9], batch_size=2), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_share_the_work_and_all_have_the_whole(tmp_path, processes):
+    expected = sample_images(make_pipeline(3), [5, 6, 7, 8, 9], batch_size=2)
+    context, port = multiprocessing.get_context("fork"), 20_000 + os.getpid() % 20_000
+    workers = [context.Process(target=one_of, args=(i, processes, port, tmp_path, 3)) for i in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    for rank in range(processes):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
+# Grids
+
+
+def test_every_pixel_of_a_grid():
+    images = torch.tensor([[[[1, 2], [3, 4]]], [[[5, 6], [7, 8]]], [[[9, 10], [11, 12]]]], dtype=torch.uint8)
+    grid = image_grid(images, columns=2, min_size=4)
+    assert grid.mode == "L"
+    __ = 255
+    # Twice as large, with a gap of two pixels around each.
+    expected = [
+        [__] * 14,
+        [__] * 14,
+        [__, __, 1, 1, 2, 2, __, __, 5, 5, 6, 6, __, __],
+        [__, __, 1, 1, 2, 2, __, __, 5, 5, 6, 6, __, __],
+        [__, __, 3, 3, 4, 4, __, __, 7, 7, 8, 8, __, __],
+        [__, __, 3, 3, 4, 4, __, __, 7, 7, 8, 8, __, __],
+        [__] * 14,
+        [__] * 14,
+        [__, __, 9, 9, 10, 10, *[__] * 8],
+        [__, __, 9, 9, 10, 10, *[__] * 8],
+        [__, __, 11, 11, 12, 12, *[__] * 8],
+        [__, __, 11, 11, 12, 12, *[__] * 8],
+        [__] * 14,
+        [__] * 14,
+    ]
+    np.testing.assert_array_equal(np.asarray(grid), expected)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_modes_and_channels_of_a_grid(channels, mode):
+    image = torch.arange(channels, dtype=torch.uint8).view(1, channels, 1, 1).expand(1, channels, 64, 96)
+    grid = image_grid(image)
+    gap = 64 // 16
+    assert (grid.mode, grid.size) == (mode, (96 + 2 * gap, 64 + 2 * gap))
+    assert grid.getpixel((gap, gap)) == (0 if channels == 1 else tuple(range(channels)))
+    assert grid.getpixel((gap - 1, gap)) == (255 if channels == 1 else (255,) * channels)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3), (10, 4), (16, 4)])
+def test_a_grid_is_square_if_not_told(count, columns):
+    grid = image_grid(torch.zeros(count, 1, 64, 64, dtype=torch.uint8))
+    assert grid.size == (columns * 68 + 4, -(-count // columns) * 68 + 4)
