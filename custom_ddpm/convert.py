@@ -64,7 +64,7 @@ def pipeline_from_diffusers(source: str | os.PathLike | DDPMPipeline, **hub_opti
     """
     stock: Any = source
     if not isinstance(source, DDPMPipeline):
-        stock = DDPMPipeline.from_pretrained(source, use_safetensors=True, **hub_options)
+        stock = DDPMPipeline.from_pretrained(os.fspath(source), use_safetensors=True, **hub_options)
     scheduler = stock.scheduler
     if isinstance(scheduler, DDPMScheduler):
         scheduler = scheduler_from_diffusers(scheduler)

@@ -1,4 +1,6 @@
+import inspect
 import json
+import math
 
 import pytest
 import torch
@@ -143,3 +145,109 @@ def test_what_the_other_side_cannot_express_is_refused_by_name(tmp_path):
     weights.unlink()
     with pytest.raises(OSError, match="safetensors"):
         pipeline_from_diffusers(tmp_path)
+
+
+def test_repositories_from_before_subfolders_load(tmp_path):
+    # google/ddpm-cifar10-32 and its kind: everything at the root, and nothing said of settings that came later.
+    stock = make_stock(variance_type="fixed_large")
+    stock.unet.save_config(tmp_path)
+    save_file(stock.unet.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    stock.scheduler.save_config(tmp_path)
+    stock.save_config(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("dropout", "resnet_time_scale_shift", "add_attention", "attn_norm_num_groups", "num_class_embeds"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = pipeline_from_diffusers(str(tmp_path))
+    ours.set_progress_bar_config(disable=True)
+    assert ours.scheduler.config.variance_type == "fixed_large"
+    assert abs(draw(stock) - draw(ours)).max() < 1e-4
+
+
+def test_conversion_copies():
+    ours = make_pipeline(channels=3)
+    stock = pipeline_to_diffusers(ours)
+    again = pipeline_from_diffusers(stock)
+    kept = ours.unet.conv_in.weight.clone()
+    with torch.no_grad():
+        stock.unet.conv_in.weight.add_(1)
+        again.unet.conv_in.weight.add_(2)
+    assert torch.equal(ours.unet.conv_in.weight, kept)
+
+
+def test_another_scheduler_of_a_stock_pipeline_stays_what_it_is():
+    stock = make_stock()
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    assert pipeline_from_diffusers(stock).scheduler is stock.scheduler
+
+
+def test_a_schedule_without_a_name_in_diffusers_goes_as_its_betas():
+    stock = scheduler_to_diffusers(CustomDDPMScheduler(num_train_timesteps=10, beta_schedule="exp"))
+    with pytest.raises(NotImplementedError):
+        DDPMScheduler(num_train_timesteps=10, beta_schedule="exp")
+    expected = [1 - math.exp(-12 / 10)] * 10
+    torch.testing.assert_close(stock.betas, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_the_variance_that_diffusers_turns_into_nan_is_refused():
+    # The reason, so that this test says when it is gone (diffusers #14569).
+    stock = DDPMScheduler(variance_type="fixed_large_log")
+    assert stock.step(torch.zeros(1, 1, 2, 2), 500, torch.zeros(1, 1, 2, 2)).prev_sample.isnan().any()
+    with pytest.raises(ValueError, match="NaN for variance_type 'fixed_large_log'; use its equal, 'fixed_large'"):
+        scheduler_to_diffusers(CustomDDPMScheduler(variance_type="fixed_large_log"))
+    ours = [CustomDDPMScheduler(variance_type=name) for name in ("fixed_large_log", "fixed_large")]
+    log, plain = (
+        scheduler.step(
+            torch.ones(1, 1, 2, 2), 500, torch.ones(1, 1, 2, 2), generator=torch.Generator().manual_seed(0)
+        ).prev_sample
+        for scheduler in ours
+    )
+    torch.testing.assert_close(log, plain)
+
+
+def test_what_has_no_place_on_the_other_side_is_refused_by_name():
+    analytic = CustomDDPMScheduler(
+        num_train_timesteps=2, variance_type="analytic", original_sample_variances=[0.1, 0.2]
+    )
+    with pytest.raises(ValueError, match="DDPMScheduler has no variance_type 'analytic'"):
+        scheduler_to_diffusers(analytic)
+    with pytest.raises(ValueError, match="'epsilon' cannot recover x_0"):
+        scheduler_from_diffusers(DDPMScheduler(rescale_betas_zero_snr=True))
+    sizeless = make_pipeline(channels=3)
+    sizeless.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="this unet has none"):
+        pipeline_to_diffusers(sizeless)
+    with pytest.raises(TypeError, match="must be a DDPMScheduler, got DDIMScheduler"):
+        scheduler_from_diffusers(DDIMScheduler())
+    with pytest.raises(TypeError, match="must be a CustomDDPMScheduler, got DDPMScheduler"):
+        scheduler_to_diffusers(DDPMScheduler())
+
+
+def test_every_setting_of_the_stock_scheduler_is_carried():
+    stock = DDPMScheduler(
+        num_train_timesteps=30,
+        trained_betas=[0.01 * (i + 1) for i in range(30)],
+        variance_type="fixed_large",
+        clip_sample=False,
+        prediction_type="sample",
+        thresholding=True,
+        dynamic_thresholding_ratio=0.9,
+        clip_sample_range=2.0,
+        sample_max_value=3.0,
+        timestep_spacing="linspace",
+        steps_offset=1,
+        rescale_betas_zero_snr=True,
+    )
+    settings = inspect.signature(DDPMScheduler.__init__).parameters.keys() - {"self"}
+    default = DDPMScheduler().config
+    named = {"beta_start", "beta_end", "beta_schedule"}  # not read beside trained_betas
+    assert all(stock.config[name] != default[name] for name in settings - named)
+    ours = scheduler_from_diffusers(stock)
+    again = scheduler_to_diffusers(ours)
+    for scheduler in (ours, again):
+        assert {name: scheduler.config[name] for name in settings} == {name: stock.config[name] for name in settings}
+        torch.testing.assert_close(scheduler.betas, stock.betas, rtol=1e-5, atol=1e-6)
+    named_range = DDPMScheduler(beta_start=0.001, beta_end=0.03, beta_schedule="scaled_linear")
+    again = scheduler_to_diffusers(scheduler_from_diffusers(named_range))
+    assert {name: again.config[name] for name in settings} == {name: named_range.config[name] for name in settings}
