@@ -220,11 +220,12 @@ def test_an_unchanged_pipeline_is_no_commit_and_a_changed_one_is_one(hub, run):
 
 def test_what_others_put_into_the_repository_stays(hub, run):
     push_pipeline(run, "user/model", token=hub.token)
-    for name in ("notes.md", "images/a.txt", "unet/extra.json"):
+    others = {"notes.md", "images/a.txt", "unet/extra.json", "old/unet/config.json", "docs/README.md"}
+    for name in others:
         HfApi(token=hub.token).upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id="user/model")
     train_a_little(run)
     push_pipeline(run, "user/model", token=hub.token)
-    assert hub.files("user/model").keys() == MAIN_FILES | {"notes.md", "images/a.txt", "unet/extra.json"}
+    assert hub.files("user/model").keys() == MAIN_FILES | others
 
 
 def test_a_card_that_was_edited_by_hand_is_pushed_as_it_is(hub, run):
@@ -511,6 +512,8 @@ FACTS = {
 
 
 def test_the_card_says_what_is_known(hub, run):
+    half = run / "unet" / "diffusion_pytorch_model.fp16.safetensors"  # the same parameters once more
+    shutil.copyfile(run / "unet" / "diffusion_pytorch_model.safetensors", half)
     card = write_model_card(run, FACTS)
     assert (run / "README.md").read_text() == str(card)
     card.validate()
@@ -640,6 +643,14 @@ def test_a_repository_that_cannot_be_trusted_is_refused_with_the_same_reason(hub
     assert len(found) == len(tampered)
     for name, (_, problem) in tampered.items():
         assert any(line.startswith(name) and problem in line for line in found), name
+
+
+def test_the_revision_that_is_asked_for_is_the_one_verified(hub, run):
+    push_pipeline(run, "user/model", token=hub.token)
+    hub.repos["model", "user/model"].at("diffusers").files["unet/config.json"] = File(b'{"in_channels": 0}')
+    assert verify_repository("user/model") == []
+    (found,) = verify_repository("user/model", revision="diffusers")
+    assert "in_channels" in found
 
 
 def test_a_config_too_large_to_read_is_not_read(hub, saved, monkeypatch):
