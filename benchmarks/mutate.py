@@ -31,7 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "schedules": ("test_schedules.py",),
-    "scheduler": ("test_scheduler.py", "test_exact_world.py", "test_scheduler_against_diffusers.py"),
+    "scheduler": ("test_scheduler.py", "test_exact_world.py"),
     "objective": ("test_objective.py",),
 }
 SLOW = "not compile and not million and not samples_"  # the others see the same coefficients

@@ -306,8 +306,8 @@ class ImportanceSampler(torch.nn.Module):
             mean over all t.
         """
         p = self.probabilities()
-        cumulative = p.cumsum(0)
-        timesteps = torch.searchsorted(cumulative / cumulative[-1], uniforms, right=True).clamp(max=len(p) - 1)
+        # The sum may end just below 1, and a uniform number lie above it.
+        timesteps = torch.searchsorted(p.cumsum(0), uniforms, right=True).clamp(max=len(p) - 1)
         return timesteps, 1.0 / (len(p) * p[timesteps])
 
     @torch.no_grad()

@@ -139,11 +139,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
             self.register_to_config(trained_betas=betas.tolist())
-        # Other schedulers have other defaults (β_T = 0.012, say): `from_config` of theirs shall get ours, all but the
-        # one that they do not know and would warn of.
-        self.register_to_config(
-            _use_default_values=["original_sample_variances"] if original_sample_variances is None else []
-        )
+        # Other schedulers have other defaults (β_T = 0.012, say): `from_config` of theirs shall get ours.
+        self.register_to_config(_use_default_values=[])
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
