@@ -81,9 +81,11 @@ def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
+        line = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split()) or type(error).__name__}"
         if rank > 0:
             time.sleep(FIRST_TO_SPEAK)
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split()) or type(error).__name__}")
+            line = "\n" + line  # the progress bar of the first process may be in the middle of one
+        sys.exit(line)
     except RuntimeError:
         if several:
             time.sleep(FIRST_TO_SPEAK)
