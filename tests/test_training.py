@@ -577,7 +577,8 @@ def test_out_of_memory_names_what_lowers_it(tmp_path, monkeypatch):
 
 
 def test_validation_loss_is_the_mean_over_the_held_out_pictures_with_fixed_noise(tmp_path):
-    run(tmp_path, split="train[:90%]", validation_split="train[90%:]", save_images_steps=6, train_batch_size=50)
+    held_out = {"split": "train[:90%]", "validation_split": "train[90%:]"}
+    run(tmp_path, **held_out, save_images_steps=6, train_batch_size=50, dropout=0.3)
     told = [line for line in metrics(tmp_path) if "validation_loss" in line]
     assert [line["step"] for line in told] == [6, 12]
     pipeline = CustomDDPMPipeline.from_pretrained(tmp_path)
