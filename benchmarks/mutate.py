@@ -34,6 +34,7 @@ TESTS = {
     "scheduler": ("test_scheduler.py", "test_exact_world.py"),
     "objective": ("test_objective.py",),
 }
+SOURCES = {module: (ROOT / "custom_ddpm" / f"{module}.py").read_text() for module in TESTS}
 SLOW = "not compile and not million and not samples_"  # the others see the same coefficients
 MATHEMATICS = set(
     "arange cat clamp cos cumsum diff exp expm1 lerp linspace log log1p log_ndtr maximum mean quantile sigmoid sqrt "
@@ -86,10 +87,10 @@ def mutants(tree: ast.Module) -> Iterator[str]:
 class MutantLoader(SourceFileLoader):
     def __init__(self, module: str, number: int) -> None:
         super().__init__(f"custom_ddpm.{module}", str(ROOT / "custom_ddpm" / f"{module}.py"))
-        self.number = number
+        self.source, self.number = SOURCES[module], number
 
     def get_code(self, fullname: str) -> CodeType | None:
-        tree = ast.parse(Path(self.path).read_text())
+        tree = ast.parse(self.source)
         for number, _ in enumerate(mutants(tree)):
             if number == self.number:
                 break
@@ -115,7 +116,7 @@ def survives(task: tuple[str, int]) -> bool:
 def main() -> None:
     descriptions = {}
     for module in sys.argv[1:] or TESTS:
-        tree = ast.parse((ROOT / "custom_ddpm" / f"{module}.py").read_text())
+        tree = ast.parse(SOURCES[module])
         descriptions.update({(module, i): text for i, text in enumerate(mutants(tree))})
     print(f"{len(descriptions)} mutants", flush=True)
     survivors = 0
