@@ -1,8 +1,8 @@
 """The noise predictor ε_θ(x_t, t) (T1): the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B).
 
-A ladder of residual blocks goes down to a coarse picture and back up; every step up also reads what the same height
+A ladder of residual blocks goes down to a coarse picture and back up; every step up also reads what the same level
 saw on the way down. Each residual block is told the time t (and the class, if there are classes) and, at chosen
-heights, is followed by self-attention over all positions.
+levels, is followed by self-attention over all positions.
 
 Arguments and state-dict keys are those of diffusers' `UNet2DModel`, so weights go both ways without renaming.
 This file stands alone: it is shipped inside every model repository.
@@ -219,15 +219,7 @@ def _check_arguments(config: Any) -> None:
             raise ValueError(message)
 
     channels, groups, mid_groups = config.block_out_channels, config.norm_num_groups, config.attn_norm_num_groups
-    counts = (
-        "in_channels",
-        "out_channels",
-        "layers_per_block",
-        "attention_head_dim",
-        "norm_num_groups",
-        "num_class_embeds",
-    )
-    for name in counts:
+    for name in "in_channels out_channels layers_per_block attention_head_dim norm_num_groups num_class_embeds".split():
         require(config[name] is None or config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
     for name, known in BLOCK_TYPES.items():
         types = config[name]
@@ -258,17 +250,17 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
     """ε_θ(x_t, t): a noisy picture and its time in, a prediction of the picture's shape out.
 
     Arguments mean what they mean in diffusers' `UNet2DModel` and, but for the layout, default to the same. The
-    default layout is the paper's for CIFAR-10: four heights, two residual blocks each, attention at 16x16.
+    default layout is the paper's for CIFAR-10: four levels, two residual blocks each, attention at 16x16.
 
     Args:
         sample_size: height and width that pipelines sample at; the network itself takes any.
         in_channels: channels of the picture, >= 1.
         out_channels: channels of the prediction; 2 * in_channels if the variance is learned too.
         freq_shift, flip_sin_to_cos: see `timestep_embedding` (the paper's code: 1, False).
-        down_block_types: a height each, finest first: "DownBlock2D", or "AttnDownBlock2D" with self-attention.
-        up_block_types: a height each, coarsest first: "UpBlock2D" or "AttnUpBlock2D".
-        block_out_channels: channels at each height, finest first. Each height halves the picture but the last.
-        layers_per_block: residual blocks at each height on the way down; one more on the way up.
+        down_block_types: one a level, finest first: "DownBlock2D", or "AttnDownBlock2D" with self-attention.
+        up_block_types: one a level, coarsest first: "UpBlock2D" or "AttnUpBlock2D".
+        block_out_channels: channels at each level, finest first. Each level but the last halves the picture.
+        layers_per_block: residual blocks at each level on the way down; one more on the way up.
         mid_block_scale_factor: what every layer of the middle block is divided by.
         downsample_padding: 1, or 0 for one row and column of zeros on the right and below (the paper's code).
         dropout: probability, in every residual block (the paper: 0.1 for CIFAR-10).
@@ -333,10 +325,10 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         self.down_blocks = nn.ModuleList()
         channels = block_out_channels[0]
         skip_channels = [channels]
-        for height, (block_type, outs) in enumerate(zip(down_block_types, block_out_channels, strict=True)):
+        for level, (block_type, outs) in enumerate(zip(down_block_types, block_out_channels, strict=True)):
             layers = [resnet(channels if i == 0 else outs, outs) for i in range(layers_per_block)]
             attended = layers_per_block if block_type.startswith("Attn") else 0
-            downsamplers = [Downsample(outs, downsample_padding)] if height < final else []
+            downsamplers = [Downsample(outs, downsample_padding)] if level < final else []
             self.down_blocks.append(DownBlock(layers, attentions(attended, outs), downsamplers))
             skip_channels += [outs] * (layers_per_block + len(downsamplers))
             channels = outs
@@ -346,13 +338,13 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         self.mid_block = MidBlock(layers, mid_attentions, mid_block_scale_factor)
 
         self.up_blocks = nn.ModuleList()
-        for height, (block_type, outs) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True)):
+        for level, (block_type, outs) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True)):
             layers = []
             for _ in range(layers_per_block + 1):
                 layers.append(resnet(channels + skip_channels.pop(), outs))
                 channels = outs
             attended = layers_per_block + 1 if block_type.startswith("Attn") else 0
-            upsamplers = [Upsample(outs)] if height < final else []
+            upsamplers = [Upsample(outs)] if level < final else []
             self.up_blocks.append(UpBlock(layers, attentions(attended, outs), upsamplers))
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
@@ -398,7 +390,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
     def to_diffusers(self) -> UNet2DModel:
         """The same network as diffusers' class: same configuration, copied tensors, same device, dtypes and mode.
 
-        `UNet2DModel` does not pad: it takes heights and widths that are multiples of 2^(heights − 1) only.
+        `UNet2DModel` does not pad: it takes heights and widths that are multiples of 2^(levels − 1) only.
         """
         return _twin(UNet2DModel, self)
 
@@ -457,10 +449,10 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         waves = timestep_embedding(timestep, channels, config.flip_sin_to_cos, config.freq_shift)
         emb = self.time_embedding(waves.to(sample.dtype))
         if self.class_embedding is not None:
-            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
+            emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)
 
-        # Heights that do not halve evenly are padded, half on each side. Copies of the border, because they keep the
+        # Sides that do not halve evenly are padded, half on each side. Copies of the border, because they keep the
         # brightness and the noise level that the group norms see (zeros would dilute both) and work for any size
         # (a reflection must be smaller than the picture).
         stride = 2 ** (len(self.down_blocks) - 1)

@@ -40,7 +40,7 @@ SMALL = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
-THREE_HEIGHTS = {
+THREE_LEVELS = {
     **SMALL,
     "block_out_channels": (8, 24, 16),
     "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
@@ -49,8 +49,8 @@ THREE_HEIGHTS = {
 }
 LAYOUTS = {
     "small": SMALL,
-    "three heights": THREE_HEIGHTS,
-    "one height": {
+    "three levels": THREE_LEVELS,
+    "one level": {
         **SMALL,
         "block_out_channels": (8,),
         "down_block_types": ("DownBlock2D",),
@@ -77,7 +77,7 @@ LAYOUTS = {
     "classes": {**SMALL, "num_class_embeds": 5},
     "gray, learned variance": {**SMALL, "in_channels": 1, "out_channels": 2},
     "four channels": {**SMALL, "in_channels": 4, "out_channels": 4},
-    "lists, as JSON gives them": {name: list(v) if isinstance(v, tuple) else v for name, v in THREE_HEIGHTS.items()},
+    "lists, as JSON gives them": {name: list(v) if isinstance(v, tuple) else v for name, v in THREE_LEVELS.items()},
     "odd embedding": {**SMALL, "block_out_channels": (9, 12), "norm_num_groups": 3, "attention_head_dim": 6},
 }
 
@@ -161,7 +161,7 @@ def test_dropout_equals_that_of_diffusers_under_the_same_seed():
 
 @st.composite
 def layouts(draw):
-    heights = draw(st.integers(1, 3))
+    levels = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 2, 4]))
     head_dim = draw(st.sampled_from([None, 2, 4]))
     unit = math.lcm(groups, head_dim or 1, 4)
@@ -171,9 +171,9 @@ def layouts(draw):
         "out_channels": draw(st.integers(1, 6)),
         "freq_shift": draw(st.sampled_from([0, 1])),
         "flip_sin_to_cos": draw(st.booleans()),
-        "down_block_types": tuple(draw(pick) + "DownBlock2D" for _ in range(heights)),
-        "up_block_types": tuple(draw(pick) + "UpBlock2D" for _ in range(heights)),
-        "block_out_channels": tuple(unit * draw(st.integers(1, 3)) for _ in range(heights)),
+        "down_block_types": tuple(draw(pick) + "DownBlock2D" for _ in range(levels)),
+        "up_block_types": tuple(draw(pick) + "UpBlock2D" for _ in range(levels)),
+        "block_out_channels": tuple(unit * draw(st.integers(1, 3)) for _ in range(levels)),
         "layers_per_block": draw(st.integers(1, 3)),
         "mid_block_scale_factor": draw(st.sampled_from([1, 1.5])),
         "downsample_padding": draw(st.sampled_from([0, 1])),
@@ -190,11 +190,13 @@ def layouts(draw):
 @settings(max_examples=30, deadline=None)
 @given(layout=layouts(), rows=st.integers(1, 3), columns=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_any_layout_equals_that_of_diffusers(layout, rows, columns, seed):
-    custom, stock = make_pair(layout, seed)
+    # In float64: a group norm over few pixels divides by nearly nothing, which makes rounding large.
+    custom, stock = (model.double() for model in make_pair(layout, seed))
     stride = 2 ** (len(layout["block_out_channels"]) - 1)
-    inputs = make_inputs(layout, size=(stride * rows, stride * columns), seed=seed)
+    sample, *conditions = make_inputs(layout, size=(stride * rows, stride * columns), seed=seed)
     with torch.no_grad():
-        torch.testing.assert_close(custom(*inputs).sample, stock(*inputs).sample, rtol=1e-5, atol=1e-5)
+        output, expected = (model(sample.double(), *conditions).sample for model in (custom, stock))
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_default_layout_is_the_cifar10_network_with_the_other_defaults_of_diffusers():
@@ -367,7 +369,7 @@ def test_time_is_embedded_in_float32_whatever_the_dtype(dtype):
 
 
 def test_a_new_network_predicts_zero_and_its_branches_are_closed():
-    model = CustomUNet2DModel(**THREE_HEIGHTS, num_class_embeds=3)
+    model = CustomUNet2DModel(**THREE_LEVELS, num_class_embeds=3)
     sample, timestep, _ = make_inputs(SMALL)
     assert torch.count_nonzero(model(sample, timestep, torch.tensor([0, 1, 2])).sample) == 0
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock | SelfAttention)]
@@ -399,7 +401,7 @@ def test_other_weights_are_glorot_uniform():
 # ---- training ----
 
 
-@pytest.mark.parametrize("layout", [SMALL, {**THREE_HEIGHTS, "num_class_embeds": 5, "dropout": 0.2}])
+@pytest.mark.parametrize("layout", [SMALL, {**THREE_LEVELS, "num_class_embeds": 5, "dropout": 0.2}])
 def test_gradient_checkpointing_changes_no_number(layout):
     model = scramble(CustomUNet2DModel(**layout)).train()
     inputs = make_inputs(layout)
@@ -434,7 +436,7 @@ def test_gradient_checkpointing_holds_every_block_and_only_while_gradients_are_w
 
 
 def test_every_parameter_takes_part():
-    layout = {**THREE_HEIGHTS, "num_class_embeds": 5}
+    layout = {**THREE_LEVELS, "num_class_embeds": 5}
     model = scramble(CustomUNet2DModel(**layout))
     _, gradients = output_and_gradients(model, *make_inputs(layout))
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
@@ -454,8 +456,8 @@ def test_class_labels_condition_each_sample():
 
 
 def test_channels_last_gives_the_same_numbers_and_stays():
-    model = scramble(CustomUNet2DModel(**THREE_HEIGHTS))
-    sample, timestep, _ = make_inputs(THREE_HEIGHTS)
+    model = scramble(CustomUNet2DModel(**THREE_LEVELS))
+    sample, timestep, _ = make_inputs(THREE_LEVELS)
     with torch.no_grad():
         expected = model(sample, timestep).sample
         model.to(memory_format=torch.channels_last)
@@ -500,7 +502,7 @@ def test_forward_is_one_graph(timestep):
 
 @pytest.mark.slow
 def test_compiled_code_gives_the_same_numbers_and_gradients():
-    layout = LAYOUTS["one height"]
+    layout = LAYOUTS["one level"]
     model = scramble(CustomUNet2DModel(**layout))
     inputs = make_inputs(layout, size=(7, 9))
     expected, expected_gradients = output_and_gradients(model, *inputs)
@@ -518,13 +520,13 @@ def test_compiled_code_gives_the_same_numbers_and_gradients():
 
 
 def test_saved_as_safetensors_and_loaded_back(tmp_path):
-    model = scramble(CustomUNet2DModel(**THREE_HEIGHTS, sample_size=(7, 9)))
+    model = scramble(CustomUNet2DModel(**THREE_LEVELS, sample_size=(7, 9)))
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     loaded = CustomUNet2DModel.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    inputs = make_inputs(THREE_HEIGHTS, size=(7, 9))
+    inputs = make_inputs(THREE_LEVELS, size=(7, 9))
     assert torch.equal(loaded(*inputs).sample, model.eval()(*inputs).sample)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["_class_name"] == "CustomUNet2DModel" and saved["sample_size"] == [7, 9]
