@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -126,6 +126,18 @@ def build_unet(config: TrainingConfig, data: ImageData) -> CustomUNet2DModel:
         norm_num_groups=config.norm_num_groups,
         dropout=config.dropout,
         num_class_embeds=None if data.id2label is None else len(data.id2label) + (config.label_dropout > 0),
+    )
+
+
+def build_ema(config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]) -> EMAModel:
+    """The average of a run's weights: decay 1 - (1 + step/inv_gamma)^-power, at most ema_max_decay."""
+    return EMAModel(
+        parameters,
+        decay=config.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=True,
     )
 
 
@@ -324,14 +336,7 @@ def train(config: TrainingConfig) -> Path:
         unet.compile()  # in place: its weights keep their names
     ema = None
     if config.use_ema:
-        ema = EMAModel(
-            unet.parameters(),
-            decay=config.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=config.ema_inv_gamma,
-            power=config.ema_power,
-            foreach=True,
-        )
+        ema = build_ema(config, unet.parameters())
         ema.to(accelerator.device)
     sampler = None
     if config.timestep_sampling == "importance":

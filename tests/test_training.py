@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import types
 
 import datasets
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 import scipy.stats
 import torch
 from accelerate.state import AcceleratorState
-from runs import DIGITS, RANDOM, differences, metrics, run, run_killed_at, run_on_processes, state, tiny
+from diffusers import UNet2DModel
+from runs import DIGITS, RANDOM, ROOT, differences, metrics, run, run_killed_at, run_on_processes, state, tiny
 
 from custom_ddpm import CustomDDPMPipeline, training
 from custom_ddpm.checkpoint import find_checkpoint, list_checkpoints
+from custom_ddpm.config import parse_config
 from custom_ddpm.data import open_images, sample_order
 from custom_ddpm.training import build_scheduler, build_unet, draw
 
@@ -627,6 +630,41 @@ def test_channels_and_classes_follow_the_data():
     assert (unet.in_channels, unet.out_channels, unet.num_class_embeds, unet.sample_size) == (3, 6, 11, 8)
     learned.label_dropout = 0.0
     assert build_unet(learned, data).config.num_class_embeds == 10
+
+
+def parameters(config_file, channels=3):
+    config = parse_config(["--config", str(config_file)])
+    size = {"height": config.resolution[0], "width": config.resolution[-1], "channels": channels}
+    id2label = dict.fromkeys(range(10)) if config.class_conditional else None
+    with torch.device("meta"):
+        unet = build_unet(config, types.SimpleNamespace(**size, id2label=id2label))
+    build_scheduler(config)
+    return sum(p.numel() for p in unet.parameters())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_builds_its_model(file):
+    assert 1e6 < parameters(file) < 4e7
+
+
+def test_the_recipe_of_the_paper_is_that_of_the_paper():
+    """Ho et al. 2020, appendix B: 35.7 million parameters; β from 0.0001 to 0.02, σ² = β; Adam, 2e-4, EMA 0.9999."""
+    file = ROOT / "examples" / "configs" / "ddpm_cifar10.yaml"
+    stock = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+    )
+    assert parameters(file) == sum(p.numel() for p in stock.parameters()) == 35_746_307
+    config = parse_config(["--config", str(file)])
+    scheduler = build_scheduler(config)
+    assert (scheduler.betas[0].item(), scheduler.betas[-1].item(), len(scheduler)) == pytest.approx((1e-4, 0.02, 1000))
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    ema = training.build_ema(config, [parameter])
+    decays = [ema.get_decay(step) for step in (2, 3, 1000, 800_000)]
+    assert decays == [0.9999] * 4
 
 
 @pytest.mark.parametrize("T", [1000, 100, 4000])
