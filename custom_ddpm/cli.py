@@ -59,7 +59,8 @@ def convert(args: argparse.Namespace) -> None:
     """Turn a pipeline into diffusers' own classes, or theirs into ours."""
     folder = _new_folder(args.output_dir)
     if args.to == "diffusers":
-        pipeline_to_diffusers(CustomDDPMPipeline.from_pretrained(args.model)).save_pretrained(folder)
+        stock = pipeline_to_diffusers(CustomDDPMPipeline.from_pretrained(args.model))
+        stock.save_pretrained(folder)  # type: ignore[attr-defined]
     else:
         pipeline_from_diffusers(args.model).save_pretrained(folder)
     print(f"{args.model} as {args.to} in {folder}")

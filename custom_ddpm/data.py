@@ -21,7 +21,7 @@ import itertools
 import json
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -172,7 +172,7 @@ class ImageData:
         text += "" if self.id2label is None else f"; {len(self.id2label)} classes"
         return text + (f"; {self.num_skipped:,} unreadable left out" if self.num_skipped else "")
 
-    def batches(self, positions: Iterable[Sequence[int]], pin_memory: bool = False) -> Iterator[Batch]:
+    def batches(self, positions: Iterable[Sequence[int]], pin_memory: bool = False) -> Generator[Batch, None, None]:
         """Yield for each 1-D sequence of sample positions: images uint8 (B, C, H, W) and labels int64 (B,) or None.
 
         Two batches are prepared ahead in a background thread, which also draws from `positions`; what it raises
@@ -188,7 +188,7 @@ class ImageData:
         raise NotImplementedError
 
 
-def _prefetch(batches: Iterator[Batch], pin_memory: bool) -> Iterator[Batch]:
+def _prefetch(batches: Iterator[Batch], pin_memory: bool) -> Generator[Batch, None, None]:
     def prepare() -> Batch | None:
         batch = next(batches, None)
         if batch is None or not pin_memory:

@@ -88,7 +88,8 @@ def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: t
     generator = torch.Generator(device)
     for row, word in zip(noise, words[:, 3].tolist(), strict=True):
         row.normal_(generator=generator.manual_seed(word))
-    return Draws(*torch.from_numpy(uniforms).to(device, non_blocking=True), noise, words[0, 4].item())
+    timestep, flip, label = torch.from_numpy(uniforms).to(device, non_blocking=True).unbind()
+    return Draws(timestep, flip, label, noise, words[0, 4].item())
 
 
 def build_scheduler(config: TrainingConfig) -> CustomDDPMScheduler:
@@ -245,7 +246,7 @@ def validation_loss(
         conditions = (
             {} if labels is None else {"class_labels": labels[chosen.start : chosen.stop].to(accelerator.device)}
         )
-        output = unet(x_t, t, **conditions).sample
+        output = unet(x_t, t, **conditions).sample  # type: ignore[operator]
         losses = diffusion_loss(scheduler, output, x_0, noise, x_t, t)
         total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=accelerator.device)])
     loss_sum, number = accelerator.reduce(total, "sum").tolist()
@@ -450,7 +451,8 @@ def train(config: TrainingConfig) -> Path:
             )
             journal.draw()
             if accelerator.is_main_process:
-                grid = image_grid(images, columns=len(data.id2label) if labels and len(data.id2label) <= 16 else None)
+                classes = len(data.id2label or ())
+                grid = image_grid(images, columns=classes if 0 < classes <= 16 else None)
                 (output_dir / "samples").mkdir(exist_ok=True)
                 grid.save(output_dir / "samples" / f"step-{step:07d}.png")
                 grid.save(output_dir / "samples.png")

@@ -251,7 +251,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CustomDDPMPipeline":
         """Load with the classes of the installed package; no file of the repository is run.
 
-        Takes a folder or a Hub repository, saved by this pipeline or a stock DDPM, whose `UNet2DModel` and
+        Takes a folder or a Hub repository, saved by this pipeline or by a stock `DDPMPipeline`, whose `UNet2DModel` and
         `DDPMScheduler` become `CustomUNet2DModel` and `CustomDDPMScheduler`.
 
         Args:
@@ -273,17 +273,19 @@ class CustomDDPMPipeline(DiffusionPipeline):
         index = cls.load_config(pretrained_model_name_or_path, **hub_options)
         parts.setdefault("id2label", index.get("id2label"))
 
+        if index["_class_name"] == "DDPMPipeline":
+            convert = importlib.import_module("custom_ddpm.convert")
+            stock = convert.pipeline_from_diffusers(pretrained_model_name_or_path, **hub_options, **kwargs)
+            return cls(**{"unet": stock.unet, "scheduler": stock.scheduler, **parts})
         if "unet" not in parts:
-            options = {"subfolder": "unet", "use_safetensors": True, **hub_options, **kwargs}
             custom = importlib.import_module("custom_ddpm.unet").CustomUNet2DModel
-            if index["unet"] == ["diffusers", "UNet2DModel"]:
-                parts["unet"] = custom.from_diffusers(
-                    UNet2DModel.from_pretrained(pretrained_model_name_or_path, **options)
-                )
-            elif index["unet"][1] == custom.__name__:
-                parts["unet"] = custom.from_pretrained(pretrained_model_name_or_path, **options)
-            else:
+            if index["unet"][1] not in (custom.__name__, UNet2DModel.__name__):
                 raise ValueError(f"unet is a {index['unet'][1]}; it must be a {custom.__name__} or a UNet2DModel")
+            unet_class = custom if index["unet"][1] == custom.__name__ else UNet2DModel
+            unet = unet_class.from_pretrained(
+                pretrained_model_name_or_path, subfolder="unet", use_safetensors=True, **hub_options, **kwargs
+            )
+            parts["unet"] = unet if unet_class is custom else custom.from_diffusers(unet)
         if "scheduler" not in parts:
             library, name = index["scheduler"]
             custom = importlib.import_module("custom_ddpm.scheduler").CustomDDPMScheduler

@@ -61,7 +61,7 @@ def test_default_file_only_where_no_data_is_named(tmp_path):
         ),
         (
             "--block_out_channels 32 64 --down_block_types DownBlock2D",
-            "--down_block_types is ['DownBlock2D']; it must name DownBlock2D or AttnDownBlock2D for each of the 2 levels",
+            "is ['DownBlock2D']; it must name DownBlock2D or AttnDownBlock2D for each of the 2 levels",
         ),
         ("--background purplish", "--background is 'purplish'; it must be a colour, such as white or #ff8800"),
         ("--dataset_name a --train_data_dir b", "--train_data_dir is 'b'; give either it or --dataset_name"),

@@ -254,7 +254,8 @@ def test_the_folder_holds_no_pickle_and_no_path_of_this_machine(pipeline, tmp_pa
         pipeline.save_pretrained(tmp_path / "c", safe_serialization=False)
 
 
-def test_a_stock_repository_becomes_ours(tmp_path):
+@pytest.mark.parametrize("at_the_root", [False, True])
+def test_a_stock_repository_becomes_ours(tmp_path, at_the_root):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -268,6 +269,11 @@ def test_a_stock_repository_becomes_ours(tmp_path):
     stock = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20))
     stock.set_progress_bar_config(disable=True)
     stock.save_pretrained(tmp_path)
+    if at_the_root:  # as google/ddpm-cifar10-32 and its kind have it
+        for file in [*tmp_path.glob("unet/*"), *tmp_path.glob("scheduler/*")]:
+            file.rename(tmp_path / file.name)
+        (tmp_path / "unet").rmdir()
+        (tmp_path / "scheduler").rmdir()
     ours = CustomDDPMPipeline.from_pretrained(tmp_path)
     assert type(ours.unet) is CustomUNet2DModel and type(ours.scheduler) is CustomDDPMScheduler
     theirs = stock(generator=torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
