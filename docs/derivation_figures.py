@@ -184,7 +184,7 @@ def reverse_chain(model: str) -> Figure:
     scheduler.set_timesteps(scheduler.config.num_train_timesteps)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=generator)
-    conditions = {"class_labels": torch.tensor([3, 8])} if unet.config.num_class_embeds else {}
+    conditions = {"class_labels": torch.tensor([3, 6])} if unet.config.num_class_embeds else {}
     shown = [999, 799, 599, 399, 299, 199, 99, 49, 0]
     figure, rows = plt.subplots(4, len(shown), figsize=(10, 4.9))
     for t in scheduler.timesteps.tolist():
