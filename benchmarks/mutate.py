@@ -102,15 +102,18 @@ class MutantLoader(SourceFileLoader):
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
 
-def survives(task: tuple[str, int]) -> bool:
+def failure(task: tuple[str, int]) -> str:
+    """What the tests say of a mutant: "" if it survives them. Number −1 is the file as it is."""
     module, number = task
     torch.set_num_threads(1)
     sys.meta_path.insert(0, MutantLoader(module, number))
     hypothesis.settings.register_profile("mutate", database=None, deadline=None, max_examples=20)
     hypothesis.settings.load_profile("mutate")
     arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", SLOW]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return all(pytest.main([*arguments, str(ROOT / "tests" / name)]) == 0 for name in TESTS[module])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        passed = all(pytest.main([*arguments, str(ROOT / "tests" / name)]) == 0 for name in TESTS[module])
+    return "" if passed else output.getvalue()
 
 
 def main() -> None:
@@ -121,11 +124,11 @@ def main() -> None:
     print(f"{len(descriptions)} mutants", flush=True)
     survivors = 0
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        tasks = [(module, -1) for module in dict.fromkeys(module for module, _ in descriptions)]
-        if not all(pool.map(survives, tasks, chunksize=1)):
-            sys.exit("the tests fail without any change")
-        for task, survived in zip(descriptions, pool.imap(survives, descriptions, chunksize=1), strict=True):
-            if survived:
+        unchanged = [(module, -1) for module in dict.fromkeys(module for module, _ in descriptions)]
+        if failed := "".join(pool.map(failure, unchanged, chunksize=1)):
+            sys.exit(f"{failed}\nthe tests fail without any change")
+        for task, failed in zip(descriptions, pool.imap(failure, descriptions, chunksize=1), strict=True):
+            if not failed:
                 survivors += 1
                 print(f"survived  custom_ddpm/{task[0]}.py:{descriptions[task]}", flush=True)
     print(f"{len(descriptions) - survivors} killed, {survivors} survived")

@@ -91,11 +91,14 @@ def ddim(abar: Sequence, t: int, s: int, eta) -> tuple:
     return sqrt(a_s) - of_epsilon * sqrt(a_t) / sqrt(1 - a_t), of_epsilon / sqrt(1 - a_t), variance
 
 
-def timesteps(spacing: str, T: int, n: int) -> list[int]:
-    """Lin et al. 2024, table 2, descending, counted from 0; halves are rounded to even."""
+def positions(spacing: str, T: int, n: int) -> list:
+    """Lin et al. 2024, table 2, descending and counted from 0, before they are rounded to timesteps."""
     if spacing == "linspace":
-        ascending = [round(float(mpf(i) * (T - 1) / (n - 1))) if n > 1 else 0 for i in range(n)]
-        return ascending[::-1]
+        return [mpf(i) * (T - 1) / (n - 1) if n > 1 else mpf(0) for i in range(n)][::-1]
     if spacing == "leading":
-        return [i * (T // n) for i in range(n)][::-1]
-    return [round(float(mpf(T) - mpf(i) * T / n)) - 1 for i in range(n)]
+        return [mpf(i * (T // n)) for i in range(n)][::-1]
+    return [mpf(T) - mpf(i) * T / n - 1 for i in range(n)]
+
+
+def timesteps(spacing: str, T: int, n: int) -> list[int]:
+    return [round(float(position)) for position in positions(spacing, T, n)]

@@ -476,7 +476,8 @@ def test_spacings(spacing, T, data):
     scheduler = make(T=T, timestep_spacing=spacing)
     scheduler.set_timesteps(n)
     timesteps = scheduler.timesteps.tolist()
-    assert timesteps == reference.timesteps(spacing, T, n)
+    exact = reference.floats(reference.positions(spacing, T, n))
+    assert np.abs(np.array(timesteps) - exact).max() < 0.5 + 1e-9  # a half may go either way
     assert len(timesteps) == n == scheduler.num_inference_steps
     assert all(a > b for a, b in pairwise(timesteps))
     assert timesteps[0] < T and timesteps[-1] >= 0
