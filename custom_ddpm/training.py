@@ -55,6 +55,7 @@ FIXED_SETTINGS = (
     "variance_type timestep_sampling use_ema init_from seed"
 ).split()
 OWN_SETTINGS = ("output_dir", "resume_from_checkpoint")  # what every start of a run says anew
+IMAGE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 MAX_SKIPPED_STEPS = 50  # steps in a row with gradients that are not finite, after which a run has no future
 
 
@@ -459,8 +460,9 @@ def train(config: TrainingConfig) -> Path:
                 pipeline.save_pretrained(output_dir)
                 write_model_card(output_dir, facts())
                 for tracker in accelerator.trackers:
-                    if hasattr(tracker, "log_images"):
-                        tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step)
+                    if tracker.name in IMAGE_TRACKERS:
+                        pixels = {"samples": np.asarray(grid.convert("RGB"))[None]}
+                        tracker.log_images(pixels, step=step, **IMAGE_TRACKERS[tracker.name])
                 if push is not None and step < max_train_steps:
                     push.push(output_dir, f"Step {step}")
         accelerator.wait_for_everyone()
