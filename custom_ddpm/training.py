@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -320,6 +320,9 @@ def train(config: TrainingConfig) -> Path:
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"accelerate is set up for {kind}, which splits the model; set it up for multi-GPU")
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate goes on in single precision, and does not say so.
         raise ValueError("--mixed_precision is fp16, which a CPU has no training for; it must be bf16 or no")
