@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hub.server import File, HubServer
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from huggingface_hub.utils import _http
 from PIL import Image
 
@@ -97,6 +97,7 @@ def hub(monkeypatch, tmp_path):
     with HubServer() as server:
         # What the client makes of HF_ENDPOINT when it is imported.
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
