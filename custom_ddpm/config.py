@@ -113,6 +113,9 @@ class TrainingConfig:
     ema_inv_gamma: float = _flag(1.0, "inverse gamma of the average's warm-up")
     ema_power: float = _flag(0.75, "power of the average's warm-up")
     ema_max_decay: float = _flag(0.9999, "decay that the average's warm-up ends at")
+    posthoc_ema_steps: int | None = _flag(
+        None, "optimiser steps between snapshots, from which averages of any length can be made after the run"
+    )
     seed: int = _flag(0, "seed of everything")
 
     # ---- machine ----
@@ -159,7 +162,7 @@ class TrainingConfig:
         at_least_one = (
             "train_batch_size gradient_accumulation_steps num_epochs max_train_steps ddpm_num_steps layers_per_block "
             "checkpointing_steps checkpoints_total_limit save_images_steps eval_batch_size ddpm_num_inference_steps "
-            "logging_steps norm_num_groups attention_head_dim"
+            "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps"
         )
         for name in at_least_one.split():
             value = getattr(self, name)

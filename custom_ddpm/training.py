@@ -37,6 +37,7 @@ from .journal import Journal, read_metrics
 from .launch import launcher_pid
 from .objective import ImportanceSampler, diffusion_loss
 from .pipelines import CustomDDPMPipeline
+from .posthoc_ema import PostHocEMA
 from .sampling import image_grid, sample_images
 from .scheduler import CustomDDPMScheduler
 from .schedules import BETA_RANGES, make_betas, resample_betas
@@ -46,13 +47,14 @@ logger = get_logger(__name__, log_level="INFO")
 
 CONFIG_FILE = "training_config.yaml"
 EMA_FILE = "ema.safetensors"
+POSTHOC_EMA_FILE = "posthoc_ema.safetensors"
 SAMPLER_FILE = "timestep_sampler.safetensors"
 RUN_FILES = (CONFIG_FILE, "model_index.json", "metrics.jsonl")
 # What a checkpoint cannot be resumed without, beside the data.
 FIXED_SETTINGS = (
     "resolution block_out_channels down_block_types layers_per_block attention_head_dim norm_num_groups "
     "class_conditional label_dropout ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr prediction_type "
-    "variance_type timestep_sampling use_ema init_from seed"
+    "variance_type timestep_sampling use_ema posthoc_ema_steps init_from seed"
 ).split()
 OWN_SETTINGS = ("output_dir", "resume_from_checkpoint")  # what every start of a run says anew
 IMAGE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
@@ -343,6 +345,10 @@ def train(config: TrainingConfig) -> Path:
     if config.use_ema:
         ema = build_ema(config, unet.parameters())
         ema.to(accelerator.device)
+    posthoc_ema = None
+    if config.posthoc_ema_steps is not None:
+        posthoc_ema = PostHocEMA(unet)
+        posthoc_ema.to(accelerator.device)
     sampler = None
     if config.timestep_sampling == "importance":
         sampler = ImportanceSampler(len(scheduler)).to(accelerator.device)
@@ -396,6 +402,8 @@ def train(config: TrainingConfig) -> Path:
             for shadow, (name, _) in zip(ema.shadow_params, unet.named_parameters(), strict=True):
                 shadow.copy_(averages[name])
             ema.optimization_step = metadata["ema_step"]
+        if posthoc_ema is not None:
+            posthoc_ema.load_state_dict(load_file(path / POSTHOC_EMA_FILE), step)
         if sampler is not None:
             sampler.load_state_dict(load_file(path / SAMPLER_FILE))
         logger.info(f"resumed from {path} at step {step}")
@@ -423,6 +431,8 @@ def train(config: TrainingConfig) -> Path:
                     names = [name for name, _ in unet.named_parameters()]
                     averages = [average.contiguous() for average in ema.shadow_params]
                     save_file(dict(zip(names, averages, strict=True)), folder / EMA_FILE)
+                if posthoc_ema is not None:
+                    save_file(posthoc_ema.state_dict(), folder / POSTHOC_EMA_FILE)
                 if sampler is not None:
                     save_file(sampler.state_dict(), folder / SAMPLER_FILE)
 
@@ -559,6 +569,8 @@ def train(config: TrainingConfig) -> Path:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(unet.parameters())
+            if posthoc_ema is not None:
+                posthoc_ema.step()
             step += 1
             samples_seen += global_batch
             skipped_in_a_row = (skipped_in_a_row + 1) * skipped
@@ -577,6 +589,8 @@ def train(config: TrainingConfig) -> Path:
                     )
             if step % config.checkpointing_steps == 0 or last:
                 checkpoint()
+            if posthoc_ema and config.posthoc_ema_steps and (step % config.posthoc_ema_steps == 0 or last):
+                accelerator.on_main_process(posthoc_ema.save_snapshot)(output_dir)
             if step % config.save_images_steps == 0 and not last:
                 show()
             if step % config.checkpointing_steps == 0 or step % config.save_images_steps == 0:

@@ -1,0 +1,155 @@
+"""Averages of the weights of any length, chosen after the run (Karras et al. 2024, arXiv:2312.02696, section 3).
+
+A run that keeps two averages with power-function profiles, and stores both every so many steps, holds all others to
+good accuracy: the profile that is wanted is fitted, by least squares, as a sum of the profiles that were stored.
+
+The profile of an average that ends at step t is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) for the weights of steps τ in [0, t]
+(eq. 1 and 2); its length is told by σ_rel, the standard deviation of p as a part of t.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SIGMA_RELS = (0.05, 0.1)  # of the two that are kept; the paper's choice
+FOLDER = "posthoc_ema"
+MAX_ERROR = 0.05  # of a fitted profile, relative to the one that is wanted; 20 snapshots make it 0.01
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """γ of the profile of relative length σ_rel, in (0, 0.288…): σ_rel² = (γ+1) / ((γ+2)² (γ+3)) (eq. 3)."""
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+class PowerEMA(EMAModel):
+    """diffusers' `EMAModel` with a power-function profile: decay (1 − 1/t)^(γ+1) at step t (eq. 2)."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], sigma_rel: float):
+        super().__init__(parameters, foreach=True)
+        self.gamma = gamma_of(sigma_rel)
+
+    def get_decay(self, optimization_step: int) -> float:
+        return (1 - 1 / optimization_step) ** (self.gamma + 1)
+
+
+class PostHocEMA:
+    """The two averages of a run.
+
+    Args:
+        unet: the model; its weights as they are now do not count, those of the first `step` do.
+    """
+
+    def __init__(self, unet: Any):
+        self._names = [name for name, _ in unet.named_parameters()]
+        self._parameters = list(unet.parameters())
+        self._averages = [PowerEMA(self._parameters, sigma_rel) for sigma_rel in SIGMA_RELS]
+
+    def to(self, device: torch.device) -> None:
+        for average in self._averages:
+            average.to(device)
+
+    def step(self) -> None:
+        """Take in the weights after an optimiser step."""
+        for average in self._averages:
+            average.step(self._parameters)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averages by "<σ_rel>/<parameter>"."""
+        return {
+            f"{sigma_rel}/{name}": value.contiguous()
+            for sigma_rel, average in zip(SIGMA_RELS, self._averages, strict=True)
+            for name, value in zip(self._names, average.shadow_params, strict=True)
+        }
+
+    def load_state_dict(self, averages: dict[str, torch.Tensor], step: int) -> None:
+        """What `state_dict` gave after `step` steps."""
+        for sigma_rel, average in zip(SIGMA_RELS, self._averages, strict=True):
+            average.optimization_step = step
+            for name, value in zip(self._names, average.shadow_params, strict=True):
+                value.copy_(averages[f"{sigma_rel}/{name}"])
+
+    def save_snapshot(self, run: Path) -> None:
+        """Store both in half precision, as the paper does, in the folder of the run."""
+        step = self._averages[0].optimization_step
+        file = run / FOLDER / f"step-{step:07d}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_suffix(".tmp")
+        save_file({name: value.half() for name, value in self.state_dict().items()}, partial)
+        partial.replace(file)
+
+
+def _products(gammas: np.ndarray, steps: np.ndarray, gamma: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """∫ p_γi,ti p_γj,tj dτ: both are powers of τ up to the smaller t; in logarithms, because of the powers' size."""
+    g, t, h, s = gammas[:, None], np.log(steps)[:, None], gamma[None, :], np.log(step)[None, :]
+    log_integral = (g + h + 1) * np.minimum(t, s) - (g + 1) * t - (h + 1) * s
+    return (g + 1) * (h + 1) / (g + h + 1) * np.exp(log_integral)
+
+
+def fit_profile(gammas: Sequence[float], steps: Sequence[float], gamma: float, step: float) -> tuple[np.ndarray, float]:
+    """The sum of profiles p_γi,ti that is nearest to p_γ,t in least squares (section 3.2).
+
+    Args:
+        gammas, steps: γ and end of each profile there is.
+        gamma, step: of the one that is wanted.
+
+    Returns:
+        The factors; and the distance to the profile, relative to its own norm.
+    """
+    there, wanted = (np.asarray(gammas), np.asarray(steps, float)), (np.array([gamma]), np.array([float(step)]))
+    products, target = _products(*there, *there), _products(*there, *wanted)
+    factors = np.linalg.lstsq(products, target, rcond=1e-12)[0]
+    norm = _products(*wanted, *wanted)
+    error = norm - 2 * factors.T @ target + factors.T @ products @ factors
+    return factors[:, 0], float(np.sqrt(max(0.0, (error / norm).item())))
+
+
+def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
+    """The average of relative length `sigma_rel`, from the snapshots of a run with --posthoc_ema_steps.
+
+    `pipeline.unet.load_state_dict(reconstruct("my-model", 0.15))` puts it into a pipeline of the run.
+
+    Args:
+        run: the run's folder.
+        sigma_rel: standard deviation of the profile as a part of the steps so far; 0.02 … 0.25 have been of use.
+        step: where the average ends; the last snapshot if None.
+
+    Returns:
+        float32 weights by name.
+
+    Raises:
+        FileNotFoundError: no snapshots up to there.
+        ValueError: no such profile, or none that these snapshots come near to.
+    """
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel is {sigma_rel}; it must be between 0 and {12**-0.5:.3f}, that of a plain mean")
+    files = {int(re.findall(r"\d+", file.stem)[0]): file for file in Path(run, FOLDER).glob("step-*.safetensors")}
+    ends = sorted(end for end in files if step is None or end <= step)
+    if not ends:
+        raise FileNotFoundError(f"{run} holds no snapshots up to step {step}; train with --posthoc_ema_steps")
+    step = step or ends[-1]
+    pairs = [(end, kept) for end in ends for kept in SIGMA_RELS]
+    factors, error = fit_profile(
+        [gamma_of(kept) for _, kept in pairs], [end for end, _ in pairs], gamma_of(sigma_rel), step
+    )
+    if error > MAX_ERROR:
+        raise ValueError(
+            f"sigma_rel {sigma_rel} at step {step} cannot be made of the {len(ends)} snapshots in {run}: it would be "
+            f"{error:.0%} off; choose one nearer to 0.05 … 0.1, or a step that was stored"
+        )
+    weights: dict[str, torch.Tensor] = {}
+    for (end, kept), factor in zip(pairs, factors.tolist(), strict=True):
+        with safe_open(files[end], framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping, but has keys()
+                of, name = key.split("/", 1)
+                if of == str(kept):
+                    part = factor * file.get_tensor(key).double()
+                    weights[name] = weights[name] + part if name in weights else part
+    return {name: value.float() for name, value in weights.items()}
