@@ -168,6 +168,33 @@ def test_a_signal_to_the_launcher(tmp_path, start, processes, number):
     assert f"stopped at step {step}: " in said and "Traceback" not in said
 
 
+def torchrun(*words):
+    return [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words]
+
+
+def test_a_signal_to_torchs_launcher(tmp_path, start, monkeypatch, environment):
+    monkeypatch.setitem(environment, "ACCELERATE_USE_CPU", "true")
+    process = start(torchrun(SCRIPT, *flags(tmp_path / "run", **FOREVER)))
+    wait_until(lambda: steps_told(tmp_path / "run") >= 10, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(PATIENCE)
+    assert process.returncode != 0
+    step = last_step(tmp_path / "run")
+    assert step >= 10 and f"stopped at step {step}: SIGTERM came" in process.log.read_text()
+
+
+def test_torchs_launcher_replaces_a_lost_process_and_the_run_goes_on(tmp_path, start, monkeypatch, environment):
+    monkeypatch.setitem(environment, "ACCELERATE_USE_CPU", "true")
+    changes = {"max_train_steps": 80, "checkpointing_steps": 10, "logging_steps": 1, "resume_from_checkpoint": "latest"}
+    process = start(torchrun("--max_restarts", "2", SCRIPT, *flags(tmp_path / "run", **changes)))
+    wait_until(lambda: last_step(tmp_path / "run") >= 20, process)
+    training_processes(tmp_path / "run")[0].kill()
+    said = finish(process)
+    assert "resumed from" in said and last_step(tmp_path / "run") == 80
+    told = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert told == list(range(1, 81))
+
+
 def test_ctrl_c_to_a_launcher_and_all_its_processes(tmp_path, start):
     process = start(launched(2, *flags(tmp_path / "run", **FOREVER)), start_new_session=True)
     wait_until(lambda: steps_told(tmp_path / "run") >= 10, process)
