@@ -50,7 +50,7 @@ def is_arithmetic(node: ast.AST) -> bool:
 
 def changes(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
     """The wrong versions of one node. An integer counts as a number where it is calculated with."""
-    number = type(node.value) if isinstance(node, ast.Constant) else None
+    number = type(node.value) if isinstance(node, ast.Constant) and node.value else None
     is_number = number is float or (number is int and is_arithmetic(parent))
     is_mathematics = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in MATHEMATICS
     if is_number or is_arithmetic(node) or is_mathematics:
