@@ -1,9 +1,17 @@
 """A model small enough to sample in milliseconds, its weights random but not the zeros it is born with."""
 
+import os
+
+import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler, CustomUNet2DModel
+
+# A process that is forked from one with OpenMP threads hangs when it computes; and some tests start several processes.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def make_pipeline(channels: int = 1, classes: int | None = None, null_class: bool = True, **scheduler_options):
@@ -36,3 +44,14 @@ def pipeline():
 @pytest.fixture
 def class_pipeline():
     return make_pipeline(classes=3)
+
+
+@pytest.fixture(scope="module")
+def digits_cache(tmp_path_factory):
+    """Runs of a module decode their pictures once, and not into the user's cache; no process group is left after them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        # A pause of seconds at the end of every stream.
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
