@@ -48,7 +48,7 @@ def class_pipeline():
 
 @pytest.fixture(scope="module")
 def digits_cache(tmp_path_factory):
-    """Runs of a module decode their pictures once, and not into the user's cache; no process group is left after them."""
+    """Runs of a module decode their pictures once, not into the user's cache; no process group is left after them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         # A pause of seconds at the end of every stream.

@@ -600,6 +600,7 @@ accelerator.load_state(save(3, accelerator.save_state))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_together_and_fail_together(tmp_path):
     script, output_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(TWO_PROCESSES)
