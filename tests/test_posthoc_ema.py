@@ -1,24 +1,16 @@
 """custom_ddpm/posthoc_ema.py: profiles by quadrature and by brute force, and averages that nobody kept."""
 
-import datasets
 import numpy as np
 import pytest
 import scipy.integrate
 import torch
-from accelerate.state import AcceleratorState
 from runs import RANDOM, differences, run, run_killed_at
 from safetensors.torch import load_file
 
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.posthoc_ema import FOLDER, SIGMA_RELS, PostHocEMA, PowerEMA, fit_profile, gamma_of, reconstruct
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("digits_cache")
 
 
 def profile(gamma, end, times):

@@ -9,12 +9,10 @@ import signal
 import threading
 import types
 
-import datasets
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from runs import DIGITS, RANDOM, ROOT, differences, metrics, run, run_killed_at, run_on_processes, state, tiny
 
@@ -25,15 +23,7 @@ from custom_ddpm.data import open_images, sample_order
 from custom_ddpm.training import build_scheduler, build_unet, draw
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The digits are decoded once for all tests here, and not into the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("digits_cache")
 
 
 # Chance

@@ -16,13 +16,7 @@ from runs import ROOT, flags, metrics, run, tiny
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.checkpoint import list_checkpoints
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("digits_cache")
 
 
 @pytest.fixture
