@@ -29,7 +29,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import claim_output_dir, differing_settings, find_checkpoint, save_checkpoint
+from .checkpoint import claim_output_dir, differing_settings, find_checkpoint, list_checkpoints, save_checkpoint
 from .config import TrainingConfig
 from .data import ImageData, normalise, open_images
 from .hub import BackgroundPush, write_model_card
@@ -284,6 +284,14 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
     return data, validation
 
 
+def best_checkpoint(output_dir: Path) -> list[int]:
+    """The step of the checkpoint with the lowest validation loss, if any was validated."""
+    saved = list_checkpoints(output_dir)
+    losses = {line["step"]: line["validation_loss"] for line in read_metrics(output_dir) if "validation_loss" in line}
+    validated = [step for step in losses if step in saved]
+    return [min(validated, key=losses.__getitem__)] if validated else []
+
+
 def _resumable(config: TrainingConfig, accelerator: Accelerator) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from, and the output folder ready for the run; found and checked by one process."""
     output_dir = Path(config.output_dir)
@@ -444,6 +452,7 @@ def train(config: TrainingConfig) -> Path:
             metadata=metadata,
             accelerator=accelerator,
             total_limit=config.checkpoints_total_limit,
+            keep=best_checkpoint(output_dir),
         )
 
     def show() -> None:

@@ -601,6 +601,22 @@ def test_two_runs_are_validated_alike_and_it_leaves_no_trace(tmp_path):
     assert values == pytest.approx([values[0]] * 8, rel=1e-6)
 
 
+def test_the_limit_of_checkpoints_leaves_the_best_and_the_last(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 0.5, 5.0, 4.0, 4.0])  # of steps 2, 4, 6, 8, 9; 10, 12. Step 8 has no checkpoint
+    monkeypatch.setattr(training, "validation_loss", lambda *arguments: next(losses))
+    held_out = {"split": "train[:90%]", "validation_split": "train[90%:]", "save_images_steps": 2}
+    monkeypatch.setattr(training, "sample_images", lambda *a, **k: torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    left = []
+    save = training.save_checkpoint
+    monkeypatch.setattr(
+        training, "save_checkpoint", lambda *a, **k: (save(*a, **k), left.append(list(list_checkpoints(tmp_path))))
+    )
+    run(tmp_path, **held_out, checkpointing_steps=3, checkpoints_total_limit=1, max_train_steps=9)
+    assert left == [[3], [6], [6, 9]]
+    run(tmp_path, **held_out, checkpoints_total_limit=1, resume_from_checkpoint="latest")
+    assert left[3:] == [[6, 12]]
+
+
 # Model and scheduler of a run
 
 
