@@ -424,7 +424,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     # ---- reverse: Bayes ----
 
     def _posterior_coefficients(
-        self, timesteps: torch.Tensor, prev_timesteps: torch.Tensor, like: torch.Tensor, eta: float = 1.0
+        self, timesteps: torch.Tensor, prev_timesteps: torch.Tensor, like: torch.Tensor, eta: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Coefficient of x_0, coefficient of x_t, variance η²β̃, and β_{t|s} = 1−ᾱ_t/ᾱ_s, of q_η(x_s | x_t, x_0)."""
         log_t = self._log_alpha_bar(timesteps, like)

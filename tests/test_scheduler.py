@@ -485,11 +485,19 @@ def test_spacings(spacing, T, data):
     assert scheduler.previous_timestep(scheduler.timesteps).tolist() == [*timesteps[1:], -1]
 
 
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+def test_spacings_of_a_chain_so_long_that_rounding_hides_nothing(spacing):
+    scheduler = make("squaredcos_cap_v2", 30_000, timestep_spacing=spacing)
+    scheduler.set_timesteps(7)
+    assert scheduler.timesteps.tolist() == reference.timesteps(spacing, 30_000, 7)
+
+
 def test_without_set_timesteps_every_timestep_is_visited():
     scheduler = make(T=10)
     assert scheduler.timesteps.tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     assert scheduler.previous_timestep(torch.arange(10)).tolist() == list(range(-1, 9))
     assert len(scheduler) == 10
+    assert scheduler.init_noise_sigma == 1.0
     assert scheduler.scale_model_input("anything", 3) == "anything"
 
 
