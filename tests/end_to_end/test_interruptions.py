@@ -85,51 +85,64 @@ def training_processes(output_dir):
     return [p for p in own if p.pid not in parents]
 
 
+def journal_of(output_dir):
+    """Which file it is: a run that starts writes it anew."""
+    file = output_dir / "metrics.jsonl"
+    return file.stat().st_ino if file.exists() else None
+
+
 INTERVAL = 3
 KILLS = 20
 
 
 def test_killed_at_twenty_random_moments(tmp_path, start):
     rng = random.Random(0)
-    changes = {**RANDOM, "max_train_steps": 240, "checkpointing_steps": INTERVAL, "logging_steps": 1}
+    changes = {**RANDOM, "max_train_steps": 400, "checkpointing_steps": INTERVAL, "logging_steps": 1}
     changes |= {"checkpoints_total_limit": 2}
-    straight = start([PYTHON, SCRIPT, *flags(tmp_path / "straight", **changes)])
+    straight, begin = start([PYTHON, SCRIPT, *flags(tmp_path / "straight", **changes)]), time.monotonic()
+    wait_until(lambda: steps_told(tmp_path / "straight"), straight)
+    to_the_first_step = time.monotonic() - begin
+    finish(straight)
     output_dir = tmp_path / "killed"
     command = [PYTHON, SCRIPT, *flags(output_dir, **changes, resume_from_checkpoint="latest")]
-    resumed = inside = 0
+    resumed = aimed = inside = 0
     lost, reached = [], 0
     for kill in range(KILLS):
+        before = journal_of(output_dir)
         process = start(command)
+        if kill % 4:
+            # Until the steps that it comes to again are out of the journal, and what was half written is gone.
+            wait_until(lambda before=before: journal_of(output_dir) != before, process)
         goal = reached + rng.randrange(1, 2 * INTERVAL)
         if kill % 2:
-            # Inside the writing, if the folder is still there when the process is gone; at most two intervals on.
+            # Inside the writing, if the folder is still there when the process is gone.
             wait_until(lambda goal=goal: steps_told(output_dir) >= goal, process)
             wait_until(lambda: any(output_dir.glob(".checkpoint-*.tmp")), process, pause=0.0)
-            time.sleep(rng.uniform(0, 0.03))
+            time.sleep(rng.uniform(0, 0.15))
+            aimed += 1
         elif kill % 4:
             wait_until(lambda goal=goal: steps_told(output_dir) >= goal, process)
             time.sleep(rng.uniform(0, 0.2))
         else:
-            time.sleep(rng.uniform(0, 15))  # anything: imports, reading of the data, the first steps
+            time.sleep(rng.uniform(0, to_the_first_step))  # imports, reading of the checkpoint and the data
         process.kill()
         process.wait()
         assert process.returncode == -signal.SIGKILL, process.log.read_text()
         if f"resumed from {output_dir}/checkpoint-{reached} at step {reached}" in process.log.read_text():
             resumed += 1
-        inside += any(output_dir.glob(".checkpoint-*.tmp"))
+        inside += kill % 2 and any(output_dir.glob(".checkpoint-*.tmp"))
         found = find_checkpoint(output_dir)
         reached, done = found[1]["step"] if found else 0, steps_told(output_dir)
         lost.append(done - reached)
     end = finish(start(command))
     assert f"resumed from {output_dir}/checkpoint-{reached} at step {reached}" in end
-    finish(straight)
     print(
-        f"\n{KILLS} kills, {inside} of them inside the writing of a checkpoint, {KILLS - resumed} with none to "
-        f"go on from, or before it was read; {KILLS} of {KILLS} went on; steps lost: {lost}"
+        f"\n{KILLS} kills, {inside} of them inside the writing of a checkpoint ({aimed} tried), "
+        f"{KILLS - resumed} while it started; {KILLS} of {KILLS} went on; steps lost: {lost}, saved: {reached}"
     )
     assert max(lost) <= INTERVAL
     assert inside > 0
-    assert differences(tmp_path / "straight" / "checkpoint-240", output_dir / "checkpoint-240") == []
+    assert differences(tmp_path / "straight" / "checkpoint-400", output_dir / "checkpoint-400") == []
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (output_dir / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
 
