@@ -243,7 +243,7 @@ def test_the_mean_with_epsilon_is_R6():
 
 def exact_variance(kind, products, t, s, eta, weight=None, extra=None):
     """σ² of the reverse step by the definition of each type, in float64."""
-    _, of_original, posterior, beta = (0, *_posterior_floats(products, t, s, eta))
+    of_original, posterior, beta = _posterior_floats(products, t, s, eta)
     if s == -1 and kind != "analytic":
         posterior = float(eta) ** 2 * float(reference.posterior(products, 1, 0)[2])
     return {
@@ -751,9 +751,10 @@ def test_saved_and_loaded_it_is_the_same(kwargs, tmp_path):
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0, 1, 500, 999])
     assert torch.equal(scheduler.betas, again.betas)
-    for name in ("mean", "log_variance", "x_0"):
-        i = ("mean", "log_variance", "x_0").index(name)
-        assert torch.equal(scheduler.predict_mean_log_variance(x, t, x)[i], again.predict_mean_log_variance(x, t, x)[i])
+    for ours, loaded in zip(
+        scheduler.predict_mean_log_variance(x, t, x), again.predict_mean_log_variance(x, t, x), strict=True
+    ):
+        assert torch.equal(ours, loaded)
     assert {k: v for k, v in again.config.items() if not k.startswith("_")} == {
         k: v for k, v in scheduler.config.items() if not k.startswith("_")
     }
