@@ -5,9 +5,12 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
@@ -87,22 +90,45 @@ def run_killed_at(monkeypatch: Any, step: int, output_dir: Path, **changes: Any)
     raise AssertionError(f"the run never came to step {step}")
 
 
-def _one_process(rank: int, processes: int, port: int, output_dir: Path, changes: dict[str, Any]) -> None:
+# Processes with the imports done, and none of the threads of this one, whose locks a plain fork would copy.
+SERVER = multiprocessing.get_context("forkserver") if "forkserver" in multiprocessing.get_all_start_methods() else None
+if SERVER is not None:
+    SERVER.set_forkserver_preload(["custom_ddpm.training"])
+needs_forkserver = pytest.mark.skipif(SERVER is None, reason="needs processes to be forked")
+
+
+def _one_process(rank: int, processes: int, port: int, function: Callable[..., Any], arguments: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    function(*arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def on_processes(processes: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function on several processes, with the environment that a launcher would give them."""
+    assert SERVER is not None
+    port = free_port()
+    each = [(rank, processes, port, function, arguments) for rank in range(processes)]
+    workers = [SERVER.Process(target=_one_process, args=words, daemon=True) for words in each]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(300)
+    exitcodes = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert exitcodes == [0] * processes
+
+
+def _run(cache: str, output_dir: Path, changes: dict[str, Any]) -> None:
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
     run(output_dir, **changes)
 
 
 def run_on_processes(processes: int, output_dir: Path, **changes: Any) -> None:
-    """Train on several processes, forked from this one: no launcher, and no minute to wait for their imports."""
-    context, port = multiprocessing.get_context("fork"), free_port()
-    arguments = [(rank, processes, port, output_dir, changes) for rank in range(processes)]
-    workers = [context.Process(target=_one_process, args=each) for each in arguments]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * processes
+    """Train on several processes."""
+    on_processes(processes, _run, str(datasets.config.HF_DATASETS_CACHE), output_dir, changes)
 
 
 def free_port() -> int:

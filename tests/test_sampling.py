@@ -1,13 +1,11 @@
 """custom_ddpm/sampling.py: a picture is its seed's, and a grid holds the pictures."""
 
-import multiprocessing
-import os
-
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import make_pipeline
+from runs import needs_forkserver, on_processes
 
 from custom_ddpm.sampling import image_grid, sample_images
 
@@ -41,26 +39,16 @@ def test_labels_go_with_their_seeds(class_pipeline):
     assert not torch.equal(whole[0], whole[1])
 
 
-def one_of(rank, processes, port, folder, channels):
-    """A process of several, as a launcher starts it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.save(sample_images(make_pipeline(channels), [5, 6, 7, 8, 9], batch_size=2), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+def sample_and_save(folder):
+    images = sample_images(make_pipeline(3), [5, 6, 7, 8, 9], batch_size=2)
+    torch.save(images, folder / f"{torch.distributed.get_rank()}.pt")
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@needs_forkserver
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_share_the_work_and_all_have_the_whole(tmp_path, processes):
     expected = sample_images(make_pipeline(3), [5, 6, 7, 8, 9], batch_size=2)
-    context, port = multiprocessing.get_context("fork"), 20_000 + os.getpid() % 20_000
-    workers = [context.Process(target=one_of, args=(i, processes, port, tmp_path, 3)) for i in range(processes)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    on_processes(processes, sample_and_save, tmp_path)
     for rank in range(processes):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import threading
@@ -14,7 +13,19 @@ import pytest
 import scipy.stats
 import torch
 from diffusers import UNet2DModel
-from runs import DIGITS, RANDOM, ROOT, differences, metrics, run, run_killed_at, run_on_processes, state, tiny
+from runs import (
+    DIGITS,
+    RANDOM,
+    ROOT,
+    differences,
+    metrics,
+    needs_forkserver,
+    run,
+    run_killed_at,
+    run_on_processes,
+    state,
+    tiny,
+)
 
 from custom_ddpm import CustomDDPMPipeline, training
 from custom_ddpm.checkpoint import find_checkpoint, list_checkpoints
@@ -364,7 +375,6 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_settings_listed(tmp_path
 
 # Several processes
 
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 EVERYWHERE = {**RANDOM, "logging_steps": 1, "validation_split": "train[90%:]", "class_conditional": True}
 IMPORTANCE = {"timestep_sampling": "importance", "loss_type": "vlb", "ddpm_num_steps": 4, "train_batch_size": 16}
 
@@ -377,7 +387,7 @@ def assert_the_same_run(one, other, tolerance=1e-5):
             assert level == (None if twin_level is None else pytest.approx(twin_level, rel=tolerance))
 
 
-@needs_fork
+@needs_forkserver
 @pytest.mark.parametrize("changes", [EVERYWHERE, {**IMPORTANCE, "logging_steps": 1}], ids=["all chance", "importance"])
 def test_processes_instead_of_accumulation_are_the_same_run(tmp_path, changes):
     run(tmp_path / "1 x 4", **changes | {"gradient_accumulation_steps": 4})
@@ -389,7 +399,7 @@ def test_processes_instead_of_accumulation_are_the_same_run(tmp_path, changes):
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
-@needs_fork
+@needs_forkserver
 def test_another_number_of_processes_goes_on_with_the_same_run(tmp_path, monkeypatch):
     run(tmp_path / "straight", **EVERYWHERE)
     run_killed_at(monkeypatch, 6, tmp_path / "moved", **EVERYWHERE)
@@ -398,7 +408,7 @@ def test_another_number_of_processes_goes_on_with_the_same_run(tmp_path, monkeyp
     assert_the_same_run(tmp_path / "straight", tmp_path / "moved")
 
 
-@needs_fork
+@needs_forkserver
 def test_two_processes_resume_to_the_bit(tmp_path):
     changes = {**EVERYWHERE, **IMPORTANCE, "gradient_accumulation_steps": 1, "lr_scheduler": "constant"}
     run_on_processes(2, tmp_path / "straight", **changes)
