@@ -615,6 +615,9 @@ def train(config: TrainingConfig) -> Path:
         batches.close()
         stop.restore()
         journal.close()
+        # DDP must not be the last to hold the process group: it would wait, with the interpreter locked, for a thread
+        # of gloo that may be waiting for the interpreter.
+        model, prepared_optimizer = accelerator.free_memory(model, prepared_optimizer)
 
     if step < max_train_steps:
         logger.info(f"stopped at step {step}: {stop.reason}. Go on with --resume_from_checkpoint latest")
