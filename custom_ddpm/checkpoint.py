@@ -12,30 +12,36 @@ It is deleted the other way round: first it loses its name. So a process that is
 nothing half done under the name of a checkpoint, and `claim_output_dir` clears up the rest when the next run starts.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+
+if os.name == "posix":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.json"
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 
 
-def claim_output_dir(output_dir: str | Path, resumed_from: Path | None = None) -> None:
-    """Make the folder of a run ready, and see that no other run's checkpoints are in the way.
+@contextmanager
+def claim_output_dir(output_dir: str | Path, resumed_from: Path | None = None) -> Iterator[None]:
+    """Have the folder of a run for oneself, ready, and with no other run's checkpoints in the way.
 
-    To be called by one process, before the first step. Creates the folder, and deletes what a killed run left half
+    To be entered by one process, before the first step. Creates the folder, and deletes what a killed run left half
     written. In a folder that is resumed from, checkpoints after `resumed_from` are deleted if they are damaged: the run
     comes to their steps again.
 
@@ -45,17 +51,41 @@ def claim_output_dir(output_dir: str | Path, resumed_from: Path | None = None) -
 
     Raises:
         OSError: if the folder cannot be made, or written to.
+        BlockingIOError: if another process has it.
         FileExistsError: if it holds a checkpoint that the run does not go on from: any, for a run that is new or
             resumed from elsewhere; a complete one of a later step, otherwise.
     """
     output_dir = Path(output_dir)
+    lock = output_dir / LOCK
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
+        file = lock.open("w")
     except OSError as error:
         raise OSError(f"cannot write to the output folder {output_dir}: {error.strerror}") from error
+    with file:
+        _lock(file, output_dir)
+        try:
+            _clear(output_dir, resumed_from)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
+
+def _lock(file: TextIO, output_dir: Path) -> None:
+    """Ends with the process, however it ends, and is not handed down to its children: those may outlive it."""
+    if os.name != "posix":
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(
+                f"another run is going on in {output_dir}: end it, or choose another folder"
+            ) from error
+        logger.warning(f"{output_dir} is on a disk without locks ({error.strerror}): see that no other run uses it")
+
+
+def _clear(output_dir: Path, resumed_from: Path | None) -> None:
     checkpoints = list_checkpoints(output_dir)
     resumed_step = None
     if resumed_from is not None:

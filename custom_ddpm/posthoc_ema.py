@@ -8,9 +8,8 @@ The profile of an average that ends at step t is p_γ,t(τ) = (γ+1) τ^γ / t^(
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,46 +43,37 @@ class PostHocEMA:
     """The two averages of a run.
 
     Args:
-        unet: the model; its weights as they are now do not count, those of the first `step` do.
+        parameters: of the model; as they are now they do not count.
     """
 
-    def __init__(self, unet: Any):
-        self._names = [name for name, _ in unet.named_parameters()]
-        self._parameters = list(unet.parameters())
-        self._averages = [PowerEMA(self._parameters, sigma_rel) for sigma_rel in SIGMA_RELS]
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        parameters = list(parameters)
+        self.averages = {sigma_rel: PowerEMA(parameters, sigma_rel) for sigma_rel in SIGMA_RELS}
 
-    def to(self, device: torch.device) -> None:
-        for average in self._averages:
-            average.to(device)
+    @property
+    def optimization_step(self) -> int:
+        """The number of optimiser steps that are in them."""
+        return self.averages[SIGMA_RELS[0]].optimization_step
 
-    def step(self) -> None:
-        """Take in the weights after an optimiser step."""
-        for average in self._averages:
-            average.step(self._parameters)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averages by "<σ_rel>/<parameter>"."""
-        return {
-            f"{sigma_rel}/{name}": value.contiguous()
-            for sigma_rel, average in zip(SIGMA_RELS, self._averages, strict=True)
-            for name, value in zip(self._names, average.shadow_params, strict=True)
-        }
-
-    def load_state_dict(self, averages: dict[str, torch.Tensor], step: int) -> None:
-        """What `state_dict` gave after `step` steps."""
-        for sigma_rel, average in zip(SIGMA_RELS, self._averages, strict=True):
+    @optimization_step.setter
+    def optimization_step(self, step: int) -> None:
+        for average in self.averages.values():
             average.optimization_step = step
-            for name, value in zip(self._names, average.shadow_params, strict=True):
-                value.copy_(averages[f"{sigma_rel}/{name}"])
 
-    def save_snapshot(self, run: Path) -> None:
-        """Store both in half precision, as the paper does, in the folder of the run."""
-        step = self._averages[0].optimization_step
-        file = run / FOLDER / f"step-{step:07d}.safetensors"
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_suffix(".tmp")
-        save_file({name: value.half() for name, value in self.state_dict().items()}, partial)
-        partial.replace(file)
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Take in the parameters after an optimiser step."""
+        parameters = list(parameters)
+        for average in self.averages.values():
+            average.step(parameters)
+
+
+def save_snapshot(run: Path, step: int, averages: Mapping[str, torch.Tensor]) -> None:
+    """Store averages that end at `step`, by "<σ_rel>/<weight>", in half precision, as the paper does."""
+    file = run / FOLDER / f"step-{step:07d}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    save_file({name: value.half() for name, value in averages.items()}, partial)
+    partial.replace(file)
 
 
 def _products(gammas: np.ndarray, steps: np.ndarray, gamma: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Training: Algorithm 1 (T2) on Accelerate.
 
-The loop of `train` is the algorithm: draw, noise, predict, weigh, step. What hangs off it has a name: `checkpoint.py`
-saves, `journal.py` tells, `sampling.py` shows.
+The loop of `train_from` is the algorithm: draw, noise, predict, weigh, step. What hangs off it has a name: `state.py`
+and `checkpoint.py` save, `journal.py` tells, `sampling.py` shows.
 
 Randomness is a function of (seed, step, position in the global batch) and of nothing else. So a run is the same on one
 process with two batches a step as on two processes with one, and an interrupted run goes on as if it had not been.
@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 
 from .checkpoint import claim_output_dir, differing_settings, find_checkpoint, list_checkpoints, save_checkpoint
 from .config import TrainingConfig
@@ -41,14 +40,13 @@ from .posthoc_ema import PostHocEMA
 from .sampling import image_grid, sample_images
 from .scheduler import CustomDDPMScheduler
 from .schedules import BETA_RANGES, make_betas, resample_betas
+from .sharding import check_strategy, local_part, whole
+from .state import TrainingState
 from .unet import CustomUNet2DModel
 
 logger = get_logger(__name__, log_level="INFO")
 
 CONFIG_FILE = "training_config.yaml"
-EMA_FILE = "ema.safetensors"
-POSTHOC_EMA_FILE = "posthoc_ema.safetensors"
-SAMPLER_FILE = "timestep_sampler.safetensors"
 RUN_FILES = (CONFIG_FILE, "model_index.json", "metrics.jsonl")
 # What a checkpoint cannot be resumed without, beside the data.
 FIXED_SETTINGS = (
@@ -212,21 +210,6 @@ class _Stop:
         return stop
 
 
-@contextmanager
-def _averaged(unet: CustomUNet2DModel, ema: EMAModel | None) -> Iterator[CustomUNet2DModel]:
-    """The model with its averaged weights in place, ready to sample."""
-    unet.eval()
-    if ema is not None:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-    try:
-        yield unet
-    finally:
-        if ema is not None:
-            ema.restore(unet.parameters())
-        unet.train()
-
-
 @torch.no_grad()
 def validation_loss(
     unet: CustomUNet2DModel,
@@ -237,10 +220,12 @@ def validation_loss(
 ) -> float:
     """Mean L_simple on up to 1,024 held-out pictures, whose noise and timesteps are the same in every run."""
     images, labels = data.take(1024)
-    count, rank, processes = len(images), accelerator.process_index, accelerator.num_processes
-    total = torch.zeros(2, device=accelerator.device)
-    for start in range(rank * config.train_batch_size, count, processes * config.train_batch_size):
-        chosen = range(start, min(start + config.train_batch_size, count))
+    count, batch_size = len(images), config.train_batch_size
+    total = torch.zeros((), device=accelerator.device)
+    for start in range(0, count, accelerator.num_processes * batch_size):
+        begin = start + accelerator.process_index * batch_size
+        # All processes call a model that lies in parts at a time: one that has nothing left does so for nothing.
+        chosen = range(min(begin, count - 1), min(begin + batch_size, count))
         x_0 = normalise(images[chosen.start : chosen.stop].to(accelerator.device))
         noise = draw(0, 0, chosen, x_0.shape[1:], accelerator.device).noise
         # Spread evenly over 0 … T: less noise in the mean than drawn independently.
@@ -250,10 +235,9 @@ def validation_loss(
             {} if labels is None else {"class_labels": labels[chosen.start : chosen.stop].to(accelerator.device)}
         )
         output = unet(x_t, t, **conditions).sample  # type: ignore[operator]
-        losses = diffusion_loss(scheduler, output, x_0, noise, x_t, t)
-        total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=accelerator.device)])
-    loss_sum, number = accelerator.reduce(total, "sum").tolist()
-    return loss_sum / number
+        if begin < count:
+            total += diffusion_loss(scheduler, output, x_0, noise, x_t, t).sum()
+    return float(accelerator.reduce(total, "sum").item()) / count
 
 
 def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tuple[ImageData, ImageData | None]:
@@ -292,22 +276,27 @@ def best_checkpoint(output_dir: Path) -> list[int]:
     return [min(validated, key=losses.__getitem__)] if validated else []
 
 
-def _resumable(config: TrainingConfig, accelerator: Accelerator) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, and the output folder ready for the run; found and checked by one process."""
+@contextmanager
+def _claimed(config: TrainingConfig, accelerator: Accelerator) -> Iterator[tuple[Path, dict[str, Any]] | None]:
+    """The checkpoint to go on from, in an output folder that is ready, and this run's alone while it lasts.
+
+    One process finds, checks and claims.
+    """
     output_dir = Path(config.output_dir)
     found: list[Any] = [None]
-    if accelerator.is_main_process:
-        if config.resume_from_checkpoint is not None:
-            found[0] = find_checkpoint(output_dir, config.resume_from_checkpoint)
-            if found[0] is None:
-                logger.info(f"{output_dir} has no checkpoint yet: starting anew")
-        elif any((output_dir / name).exists() for name in RUN_FILES):
-            raise FileExistsError(
-                f"--output_dir {output_dir} holds another run: choose another folder, or go on with that run by "
-                "--resume_from_checkpoint latest"
-            )
-        claim_output_dir(output_dir, found[0] and found[0][0])
-    return broadcast_object_list(found)[0]
+    with ExitStack() as claim:
+        if accelerator.is_main_process:
+            if config.resume_from_checkpoint is not None:
+                found[0] = find_checkpoint(output_dir, config.resume_from_checkpoint)
+                if found[0] is None:
+                    logger.info(f"{output_dir} has no checkpoint yet: starting anew")
+            elif any((output_dir / name).exists() for name in RUN_FILES):
+                raise FileExistsError(
+                    f"--output_dir {output_dir} holds another run: choose another folder, or go on with that run by "
+                    "--resume_from_checkpoint latest"
+                )
+            claim.enter_context(claim_output_dir(output_dir, found[0] and found[0][0]))
+        yield broadcast_object_list(found)[0]
 
 
 def train(config: TrainingConfig) -> Path:
@@ -323,21 +312,27 @@ def train(config: TrainingConfig) -> Path:
         ValueError, OSError: something does not fit; one line that says what, found before the first step.
         FloatingPointError: the gradients are not finite any more.
     """
-    output_dir = Path(config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))
+        ),
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        kind = accelerator.distributed_type.value
-        raise ValueError(f"accelerate is set up for {kind}, which splits the model; set it up for multi-GPU")
+    check_strategy(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate goes on in single precision, and does not say so.
         raise ValueError("--mixed_precision is fp16, which a CPU has no training for; it must be bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    resumed = _resumable(config, accelerator)
+    with _claimed(config, accelerator) as resumed:
+        train_from(resumed, config, accelerator)
+    return Path(config.output_dir)
+
+
+def train_from(resumed: tuple[Path, dict[str, Any]] | None, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """The run, from a checkpoint and its metadata or anew, in an output folder that is claimed."""
+    output_dir = Path(config.output_dir)
     data, validation_data = open_data(config, accelerator)
     logger.info(data.describe())
 
@@ -346,20 +341,11 @@ def train(config: TrainingConfig) -> Path:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    unet.to(memory_format=memory_format)
+    if accelerator.distributed_type != DistributedType.FSDP:  # which wants weights without gaps
+        unet.to(memory_format=memory_format)
     if config.torch_compile:
-        unet.compile()  # in place: its weights keep their names
-    ema = None
-    if config.use_ema:
-        ema = build_ema(config, unet.parameters())
-        ema.to(accelerator.device)
-    posthoc_ema = None
-    if config.posthoc_ema_steps is not None:
-        posthoc_ema = PostHocEMA(unet)
-        posthoc_ema.to(accelerator.device)
-    sampler = None
-    if config.timestep_sampling == "importance":
-        sampler = ImportanceSampler(len(scheduler)).to(accelerator.device)
+        # In place, so that its weights keep their names; for each shape anew, as there are few.
+        unet.compile(dynamic=False)
 
     batch_size, processes = config.train_batch_size, accelerator.num_processes
     global_batch = batch_size * processes * config.gradient_accumulation_steps
@@ -388,6 +374,16 @@ def train(config: TrainingConfig) -> Path:
         num_training_steps=max_train_steps,
     )
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
+    parts = [local_part(w) for w in unet.parameters()]
+    sampler = ImportanceSampler(len(scheduler)) if config.timestep_sampling == "importance" else None
+    state = TrainingState(
+        accelerator,
+        unet,
+        optimizer,
+        ema=build_ema(config, parts) if config.use_ema else None,
+        posthoc_ema=None if config.posthoc_ema_steps is None else PostHocEMA(parts),
+        sampler=sampler and sampler.to(accelerator.device),
+    )
 
     # ---- where a resumed run stands ----
     settings = {**dataclasses.asdict(config), "dataset": data.fingerprint, "global_batch": global_batch}
@@ -398,22 +394,12 @@ def train(config: TrainingConfig) -> Path:
             raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
         for line in differing_settings(metadata["settings"], settings, sorted(free)):
             logger.warning(f"changed since {path.name}: {line}")
-        accelerator.load_state(str(path))
-        accelerator.step = 0  # its count of batches, which may be of another number of them in a step
+        state.load(path, metadata)
         lr_scheduler.last_epoch = step
         for group, base_lr, factor in zip(
             optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
         ):
-            group.update(optimizer.defaults, lr=base_lr * factor(step))  # the flags of now, not of the checkpoint
-        if ema is not None:
-            averages = load_file(path / EMA_FILE)
-            for shadow, (name, _) in zip(ema.shadow_params, unet.named_parameters(), strict=True):
-                shadow.copy_(averages[name])
-            ema.optimization_step = metadata["ema_step"]
-        if posthoc_ema is not None:
-            posthoc_ema.load_state_dict(load_file(path / POSTHOC_EMA_FILE), step)
-        if sampler is not None:
-            sampler.load_state_dict(load_file(path / SAMPLER_FILE))
+            group["lr"] = base_lr * factor(step)
         logger.info(f"resumed from {path} at step {step}")
     first_sample = samples_seen
 
@@ -432,23 +418,11 @@ def train(config: TrainingConfig) -> Path:
     # ---- what hangs off the loop ----
 
     def checkpoint() -> Path:
-        def write(folder: Path) -> None:
-            accelerator.save_state(str(folder))
-            if accelerator.is_main_process:
-                if ema is not None:
-                    names = [name for name, _ in unet.named_parameters()]
-                    averages = [average.contiguous() for average in ema.shadow_params]
-                    save_file(dict(zip(names, averages, strict=True)), folder / EMA_FILE)
-                if posthoc_ema is not None:
-                    save_file(posthoc_ema.state_dict(), folder / POSTHOC_EMA_FILE)
-                if sampler is not None:
-                    save_file(sampler.state_dict(), folder / SAMPLER_FILE)
-
-        metadata = {"settings": settings, "samples_seen": samples_seen, "ema_step": ema and ema.optimization_step}
+        metadata = {"settings": settings, "samples_seen": samples_seen, **state.metadata()}
         return save_checkpoint(
             output_dir,
             step,
-            write,
+            state.save,
             metadata=metadata,
             accelerator=accelerator,
             total_limit=config.checkpoints_total_limit,
@@ -457,7 +431,7 @@ def train(config: TrainingConfig) -> Path:
 
     def show() -> None:
         """Validation loss, sample grid, curves, and the pipeline as it stands, with the averaged weights."""
-        with _averaged(unet, ema):
+        with state.averaged():
             if validation_data is not None:
                 loss = validation_loss(unet, scheduler, validation_data, config, accelerator)
                 journal.write({"step": step, "validation_loss": loss})
@@ -473,13 +447,14 @@ def train(config: TrainingConfig) -> Path:
                 **({"guidance_scale": config.guidance_scale} if labels else {}),
             )
             journal.draw()
+            whole_unet = state.whole_unet()
             if accelerator.is_main_process:
                 classes = len(data.id2label or ())
                 grid = image_grid(images, columns=classes if 0 < classes <= 16 else None)
                 (output_dir / "samples").mkdir(exist_ok=True)
                 grid.save(output_dir / "samples" / f"step-{step:07d}.png")
                 grid.save(output_dir / "samples.png")
-                pipeline.save_pretrained(output_dir)
+                CustomDDPMPipeline(whole_unet, scheduler, id2label=data.id2label).save_pretrained(output_dir)
                 write_model_card(output_dir, facts())
                 for tracker in accelerator.trackers:
                     if tracker.name in IMAGE_TRACKERS:
@@ -562,7 +537,7 @@ def train(config: TrainingConfig) -> Path:
                     accelerator.backward((losses if weights is None else losses * weights).mean())
                     journal.add_losses(losses, t)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                        grad_norm = whole(accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm))
                         skipped = (~torch.isfinite(grad_norm)).float()
                         if accelerator.scaler is None:
                             # GradScaler's flag: a fused optimiser leaves the step out, and the host is not asked.
@@ -576,10 +551,7 @@ def train(config: TrainingConfig) -> Path:
                     *(torch.cat([accelerator.gather(part) for part in parts]) for parts in zip(*seen, strict=True))
                 )
             lr_scheduler.step()
-            if ema is not None:
-                ema.step(unet.parameters())
-            if posthoc_ema is not None:
-                posthoc_ema.step()
+            state.step_averages()
             step += 1
             samples_seen += global_batch
             skipped_in_a_row = (skipped_in_a_row + 1) * skipped
@@ -598,8 +570,8 @@ def train(config: TrainingConfig) -> Path:
                     )
             if step % config.checkpointing_steps == 0 or last:
                 checkpoint()
-            if posthoc_ema and config.posthoc_ema_steps and (step % config.posthoc_ema_steps == 0 or last):
-                accelerator.on_main_process(posthoc_ema.save_snapshot)(output_dir)
+            if config.posthoc_ema_steps and (step % config.posthoc_ema_steps == 0 or last):
+                state.save_posthoc_snapshot(output_dir)
             if step % config.save_images_steps == 0 and not last:
                 show()
             if step % config.checkpointing_steps == 0 or step % config.save_images_steps == 0:
@@ -627,7 +599,6 @@ def train(config: TrainingConfig) -> Path:
             push.finish(output_dir, f"Trained for {step} steps")
         accelerator.print(_closing(output_dir, data, config))
     accelerator.end_training()
-    return output_dir
 
 
 def _closing(output_dir: Path, data: ImageData, config: TrainingConfig) -> str:

@@ -203,9 +203,9 @@ class UpBlock(Block):
         self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor) -> torch.Tensor:
-        """Takes one of `skips` a layer, from its end."""
-        for index in range(len(self.resnets)):
-            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), emb)
+        """`skips`: one for each layer, the last one for the first."""
+        for index, skip in enumerate(reversed(skips)):
+            x = self.layer(index, torch.cat([x, skip], dim=1), emb)
         for upsample in self.upsamplers:
             x = upsample(x)
         return x
@@ -279,6 +279,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
+    _no_split_modules = ["DownBlock", "MidBlock", "UpBlock"]  # the parts for FSDP and for `device_map`
     config: Any
 
     @register_to_config
@@ -466,8 +467,9 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         for block in self.down_blocks:
             skips += block(skips[-1], emb)
         sample = self.mid_block(skips[-1], emb)
+        layers = config.layers_per_block + 1
         for block in self.up_blocks:
-            sample = block(sample, skips, emb)
+            sample, skips = block(sample, skips[-layers:], emb), skips[:-layers]
         sample = self.conv_out(F.silu(self.conv_norm_out(sample)))
 
         if extra_height or extra_width:

@@ -32,7 +32,7 @@ from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler
 from custom_ddpm.data import normalise
 from custom_ddpm.objective import diffusion_loss, simple_loss, training_target
 from custom_ddpm.schedules import log_alphas_cumprod, make_betas, resample_betas, rescale_zero_terminal_snr
-from custom_ddpm.training import draw, train
+from custom_ddpm.training import draw, train_from
 
 DOCS = Path(__file__).resolve().parent
 PAGES = {"derivation.md": "In code: ", "derivation.zh.md": "代码："}
@@ -431,7 +431,7 @@ for prediction_type in ("epsilon", "sample", "v_prediction"):
         },
     ),
     "T2": Formula(
-        (simple_loss, diffusion_loss, (train, "# ---- Algorithm 1 ----")),
+        (simple_loss, diffusion_loss, (train_from, "# ---- Algorithm 1 ----")),
         """
 from custom_ddpm.objective import simple_loss
 

@@ -13,7 +13,8 @@ import datasets
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from custom_ddpm import training
 from custom_ddpm.config import TrainingConfig
@@ -131,6 +132,30 @@ def run_on_processes(processes: int, output_dir: Path, **changes: Any) -> None:
     on_processes(processes, _run, str(datasets.config.HF_DATASETS_CACHE), output_dir, changes)
 
 
+def split(plugin_options: dict[str, Any], cache: str, output_dir: Path, changes: dict[str, Any]) -> None:
+    """Train with FSDP on this process and its like, which only ever run this once.
+
+    accelerate sets it up for GPUs only, torch has it for CPUs too: what accelerate does there is done here.
+    """
+
+    class SplitOnCPU(training.Accelerator):
+        def __init__(self, **options: Any):
+            super().__init__(**options)
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **plugin_options})
+            if options["mixed_precision"] != "no":
+                self.state.fsdp_plugin.set_mixed_precision(options["mixed_precision"])
+            super().__init__(**options)
+
+    training.Accelerator = SplitOnCPU  # type: ignore[misc]
+    _run(cache, output_dir, changes)
+
+
+def run_split(processes: int, output_dir: Path, plugin_options: dict[str, Any], **changes: Any) -> None:
+    """Train on several processes with FSDP."""
+    on_processes(processes, split, plugin_options, str(datasets.config.HF_DATASETS_CACHE), output_dir, changes)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -141,10 +166,6 @@ def state(checkpoint: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in checkpoint.glob("*.safetensors"):
         tensors |= {f"{file.stem}/{name}": value for name, value in safetensors.torch.load_file(file).items()}
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    for index, values in optimizer["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
-    tensors["learning rate"] = torch.tensor(optimizer["param_groups"][0]["lr"], dtype=torch.float64)
     tensors["EMA step"] = torch.tensor(json.loads((checkpoint / "metadata.json").read_text())["ema_step"] or 0)
     return tensors
 

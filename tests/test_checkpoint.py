@@ -1,5 +1,6 @@
 """Checkpoints under everything that can go wrong: kills, full disks, damage, other runs in the folder."""
 
+import errno
 import gc
 import json
 import logging
@@ -59,6 +60,11 @@ def assert_is_checkpoint(path, step):
     assert json.loads(files.pop(METADATA))["step"] == step
     del files[MANIFEST]
     assert files == contents(step)
+
+
+def claim(output_dir, resumed_from=None):
+    with claim_output_dir(output_dir, resumed_from):
+        pass
 
 
 def steps(output_dir):
@@ -249,7 +255,7 @@ def test_killed_before_any_file_operation_of_a_save(tmp_path, accelerator):
         found.append(metadata["step"])
         assert len(steps(output_dir)) >= 2 and metadata["step"] in {2, 3}
 
-        claim_output_dir(output_dir, path)
+        claim(output_dir, path)
         assert not list(output_dir.glob(".*"))
         save(output_dir, 3, accelerator, total_limit=2)
         assert_is_checkpoint(output_dir / "checkpoint-3", 3)
@@ -275,7 +281,7 @@ def test_killed_at_random_moments(tmp_path, accelerator):
     moments = random.Random(0)
     for _ in range(20):
         found = find_checkpoint(tmp_path)
-        claim_output_dir(tmp_path, found and found[0])
+        claim(tmp_path, found and found[0])
         assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in steps(tmp_path))
         start = found[1]["step"] if found else 0
         child = in_a_child(lambda start=start: save_for_ever(start))
@@ -377,9 +383,9 @@ def test_read_only_disk(small_disk, accelerator):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert find_checkpoint(small_disk)[1]["step"] == 1
     with pytest.raises(OSError, match=f"cannot write to the output folder {small_disk}: Read-only file system"):
-        claim_output_dir(small_disk, small_disk / "checkpoint-1")
+        claim(small_disk, small_disk / "checkpoint-1")
     with pytest.raises(OSError, match=f"cannot write to the output folder {small_disk / 'run'}: Read-only"):
-        claim_output_dir(small_disk / "run")
+        claim(small_disk / "run")
     assert_save_fails(small_disk, 2, accelerator, write_contents(2), "Read-only file system")
 
 
@@ -485,8 +491,50 @@ def test_a_folder_of_something_else_is_no_checkpoint(tmp_path):
 # The folder of a run
 
 
+HOLD = """
+import os, sys, time
+from custom_ddpm.checkpoint import claim_output_dir
+with claim_output_dir(sys.argv[1]):
+    child = os.fork()  # as workers are, which may outlive a process that is killed
+    if child:
+        print(child, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX locks")
+def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path, accelerator):
+    save(tmp_path, 1, accelerator)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    (tmp_path / "run" / ".checkpoint-1.tmp").mkdir()
+    try:
+        with pytest.raises(BlockingIOError, match=f"another run is going on in {tmp_path / 'run'}: end it, or choose"):
+            claim(tmp_path / "run")
+        assert names(tmp_path / "run") == [".checkpoint-1.tmp", ".lock"]
+        holder.kill()
+        holder.wait()
+        claim(tmp_path / "run")
+        assert names(tmp_path / "run") == []
+        os.kill(child, 0)
+    finally:
+        holder.kill()
+        holder.wait()
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX locks")
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    def lockf(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    claim(tmp_path)
+    assert f"{tmp_path} is on a disk without locks (No locks available)" in caplog.text
+
+
 def test_a_new_folder_is_made(tmp_path):
-    claim_output_dir(tmp_path / "runs" / "first")
+    claim(tmp_path / "runs" / "first")
     assert names(tmp_path / "runs" / "first") == []
 
 
@@ -494,7 +542,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("notes")
     for folder in [tmp_path / "run", tmp_path / "run" / "below"]:
         with pytest.raises(OSError, match=f"cannot write to the output folder {folder}: "):
-            claim_output_dir(folder)
+            claim(folder)
     assert (tmp_path / "run").read_text() == "notes"
 
 
@@ -504,7 +552,7 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path, accelerator):
     write_contents(2)(tmp_path / ".checkpoint-2.tmp")
     (tmp_path / "samples").mkdir()
     (tmp_path / ".notes").write_text("mine")
-    claim_output_dir(tmp_path, path)
+    claim(tmp_path, path)
     assert names(tmp_path) == [".notes", "checkpoint-1", "samples"]
 
 
@@ -515,12 +563,12 @@ def test_a_new_run_leaves_the_folder_of_another_alone(tmp_path, accelerator):
     elsewhere = save(tmp_path / "elsewhere", 1, accelerator)
     for resumed_from in [None, elsewhere]:
         with pytest.raises(FileExistsError, match="holds checkpoint-1, which this run does not go on from"):
-            claim_output_dir(tmp_path / "other", resumed_from)
+            claim(tmp_path / "other", resumed_from)
     assert names(tmp_path / "other") == [".checkpoint-2.tmp", "checkpoint-1"]
 
 
 def test_a_checkpoint_from_elsewhere_may_begin_a_folder(tmp_path, accelerator):
-    claim_output_dir(tmp_path / "new", save(tmp_path / "elsewhere", 1, accelerator))
+    claim(tmp_path / "new", save(tmp_path / "elsewhere", 1, accelerator))
     assert names(tmp_path / "new") == [] and names(tmp_path / "elsewhere") == ["checkpoint-1"]
 
 
@@ -528,7 +576,7 @@ def test_resuming_before_complete_checkpoints_is_refused(tmp_path, accelerator):
     paths = [save(tmp_path, step, accelerator) for step in [1, 2, 3]]
     truncate(paths[1])
     with pytest.raises(FileExistsError, match="holds checkpoint-3, which this run does not go on from"):
-        claim_output_dir(tmp_path, paths[0])
+        claim(tmp_path, paths[0])
     assert steps(tmp_path) == [1, 2, 3]
 
 
@@ -539,7 +587,7 @@ def test_resuming_before_damaged_checkpoints_makes_way_for_new_ones(tmp_path, ac
     truncate(tmp_path / "checkpoint-3")
     path, _ = find_checkpoint(tmp_path)
     with caplog.at_level(logging.WARNING):
-        claim_output_dir(tmp_path, path)
+        claim(tmp_path, path)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert f"Deleting the damaged {tmp_path / 'checkpoint-3'}" in caplog.text
     save(tmp_path, 3, accelerator)

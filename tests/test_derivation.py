@@ -120,7 +120,7 @@ def test_links_lead_to_the_line_that_they_name(page: str) -> None:
     assert len(links) > len(NUMBERS)
     for name, path, number in links:
         line = (DOCS / path).resolve().read_text(encoding="utf-8").splitlines()[int(number) - 1]
-        what = "Algorithm 1" if name == "train" else f"def {name.rsplit('.')[-1]}("
+        what = "Algorithm 1" if name == "train_from" else f"def {name.rsplit('.')[-1]}("
         assert what in line
 
 

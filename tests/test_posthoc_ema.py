@@ -8,7 +8,16 @@ from runs import RANDOM, differences, run, run_killed_at
 from safetensors.torch import load_file
 
 from custom_ddpm import CustomDDPMPipeline
-from custom_ddpm.posthoc_ema import FOLDER, SIGMA_RELS, PostHocEMA, PowerEMA, fit_profile, gamma_of, reconstruct
+from custom_ddpm.posthoc_ema import (
+    FOLDER,
+    SIGMA_RELS,
+    PostHocEMA,
+    PowerEMA,
+    fit_profile,
+    gamma_of,
+    reconstruct,
+    save_snapshot,
+)
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
 
@@ -77,20 +86,30 @@ def test_what_is_kept_is_found_and_longer_runs_do_not_overflow():
     assert error < 1e-6
 
 
+def snapshot(run_folder, averages, model):
+    """As a run stores them."""
+    tensors = {
+        f"{sigma_rel}/{name}": value
+        for sigma_rel, average in averages.averages.items()
+        for (name, _), value in zip(model.named_parameters(), average.shadow_params, strict=True)
+    }
+    save_snapshot(run_folder, averages.optimization_step, tensors)
+
+
 @pytest.mark.parametrize(("sigma_rel", "step"), [(0.05, None), (0.1, 300), (0.075, None), (0.15, None), (0.15, 320)])
 def test_an_average_that_nobody_kept_comes_out_of_the_snapshots(tmp_path, sigma_rel, step):
     model = torch.nn.Linear(6, 5)
-    averages, generator = PostHocEMA(model), torch.Generator().manual_seed(0)
+    averages, generator = PostHocEMA(model.parameters()), torch.Generator().manual_seed(0)
     kept = PowerEMA(model.parameters(), sigma_rel)
     for now in range(1, 401):
         with torch.no_grad():
             for parameter in model.parameters():  # on its way from somewhere, with noise
                 parameter.mul_(0.99).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-        averages.step()
+        averages.step(model.parameters())
         if now <= (step or 400):
             kept.step(model.parameters())
         if now % 20 == 0:
-            averages.save_snapshot(tmp_path)
+            snapshot(tmp_path, averages, model)
     assert len(list((tmp_path / FOLDER).iterdir())) == 20
     weights = reconstruct(tmp_path, sigma_rel, step)
     assert weights.keys() == dict(model.named_parameters()).keys()
@@ -105,10 +124,11 @@ def test_an_average_that_nobody_kept_comes_out_of_the_snapshots(tmp_path, sigma_
 def test_what_the_snapshots_do_not_hold_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no snapshots .* train with --posthoc_ema_steps"):
         reconstruct(tmp_path, 0.1)
-    averages = PostHocEMA(torch.nn.Linear(2, 2))
+    model = torch.nn.Linear(2, 2)
+    averages = PostHocEMA(model.parameters())
     for _ in range(4):
-        averages.step()
-        averages.save_snapshot(tmp_path)
+        averages.step(model.parameters())
+        snapshot(tmp_path, averages, model)
     for sigma_rel in (0.0, 0.3, -1.0):
         with pytest.raises(ValueError, match=f"sigma_rel is {sigma_rel}; it must be between 0 and 0.289"):
             reconstruct(tmp_path, sigma_rel)

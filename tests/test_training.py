@@ -31,6 +31,7 @@ from custom_ddpm import CustomDDPMPipeline, training
 from custom_ddpm.checkpoint import find_checkpoint, list_checkpoints
 from custom_ddpm.config import parse_config
 from custom_ddpm.data import open_images, sample_order
+from custom_ddpm.hub import verify_repository
 from custom_ddpm.training import build_scheduler, build_unet, draw
 
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def test_training_is_the_plain_loop(tmp_path, changes):
     assert [line["learning_rate"] for line in lines[:-1]] == pytest.approx(rates[1:], rel=1e-6)
     saved = state(list(list_checkpoints(tmp_path / "run").values())[-1])
     for name, value in weights.items():
-        torch.testing.assert_close(saved[f"model/{name}"], value, rtol=0, atol=2e-5)
+        torch.testing.assert_close(saved[f"unet/{name}"], value, rtol=0, atol=2e-5)
     for name, value in averages.items():
         torch.testing.assert_close(saved[f"ema/{name}"], value, rtol=0, atol=2e-5)
     # What is left to be loaded are the averages.
@@ -174,7 +175,16 @@ def test_without_averages_the_weights_are_what_is_left(tmp_path):
     assert not (checkpoint / "ema.safetensors").exists()
     unet = CustomDDPMPipeline.from_pretrained(tmp_path / "run").unet
     for name, value in unet.state_dict().items():
-        assert torch.equal(value, state(checkpoint)[f"model/{name}"])
+        assert torch.equal(value, state(checkpoint)[f"unet/{name}"])
+
+
+def test_a_run_leaves_nothing_that_could_run_code(tmp_path):
+    run(tmp_path, timestep_sampling="importance", posthoc_ema_steps=4)
+    files = [file for file in (tmp_path / "checkpoint-12").iterdir() if file.suffix != ".json"]
+    assert {file.name for file in files} == {
+        f"{name}.safetensors" for name in ("unet", "optimizer", "ema", "posthoc_ema", "timestep_sampler")
+    }
+    assert verify_repository(tmp_path) == []
 
 
 def test_importance_weights_keep_the_gradient_right(tmp_path, monkeypatch):
@@ -302,11 +312,15 @@ def test_more_steps_may_be_asked_of_a_finished_run(tmp_path, caplog):
     assert "output_dir" not in caplog.text and "resume_from_checkpoint: " not in caplog.text
 
 
-def test_the_flags_of_now_are_heeded_and_what_changed_is_told(tmp_path, caplog):
+def test_the_flags_of_now_are_heeded_and_what_changed_is_told(tmp_path, monkeypatch, caplog):
     run(tmp_path, max_train_steps=4)
     changed = {"learning_rate": 5e-4, "adam_beta1": 0.8, "adam_weight_decay": 0.1, "adam_epsilon": 1e-7}
+    groups, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (groups.append(self.param_groups[0]), step(self))[1]
+    )
     run(tmp_path, max_train_steps=8, resume_from_checkpoint="latest", **changed)
-    group = torch.load(tmp_path / "checkpoint-8" / "optimizer.bin", weights_only=True)["param_groups"][0]
+    group = groups[-1]
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.999), 0.1, 1e-7)
     assert "changed since checkpoint-4: learning_rate: saved 0.001, now 0.0005" in caplog.text
     assert "changed since checkpoint-4: adam_beta1: saved 0.95, now 0.8" in caplog.text
@@ -395,7 +409,7 @@ def test_processes_instead_of_accumulation_are_the_same_run(tmp_path, changes):
     assert_the_same_run(tmp_path / "1 x 4", tmp_path / "2 x 2")
     one, two = (state(tmp_path / name / "checkpoint-12") for name in ("1 x 4", "2 x 2"))
     for name, value in one.items():
-        if name.startswith(("model", "ema", "timestep_sampler")):
+        if name.startswith(("unet", "ema", "timestep_sampler")):
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
@@ -523,12 +537,12 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_alone(tmp_path, 
     run(tmp_path, checkpointing_steps=1, logging_steps=1, max_train_steps=8)
     before, after, later = (state(tmp_path / f"checkpoint-{step}") for step in (6, 7, 8))
     for name, tensor in before.items():
-        if name.startswith(("model", "optimizer")):
+        if name.startswith(("unet", "optimizer")):
             assert torch.equal(tensor, after[name]), name
-    assert not torch.equal(after["model/conv_in.weight"], later["model/conv_in.weight"])
+    assert not torch.equal(after["unet/conv_in.weight"], later["unet/conv_in.weight"])
     assert all(torch.isfinite(tensor).all() for tensor in later.values())
     # Its own count of steps is the optimiser's, for the bias correction; the others go on.
-    assert later["optimizer/0/step"] == 7 and later["EMA step"] == 8
+    assert later["optimizer/conv_in.weight.step"] == 7 and later["EMA step"] == 8
     lines = metrics(tmp_path)
     assert [line["skipped_steps"] for line in lines] == [0] * 6 + [1, 0]
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
@@ -544,8 +558,8 @@ def test_fp16_skips_and_goes_on(tmp_path, poison, fp16_on_cpu):
     poison({6})
     run(tmp_path, mixed_precision="fp16", checkpointing_steps=1, logging_steps=1)
     assert torch.equal(
-        state(tmp_path / "checkpoint-6")["model/conv_in.weight"],
-        state(tmp_path / "checkpoint-7")["model/conv_in.weight"],
+        state(tmp_path / "checkpoint-6")["unet/conv_in.weight"],
+        state(tmp_path / "checkpoint-7")["unet/conv_in.weight"],
     )
     assert [line["skipped_steps"] for line in metrics(tmp_path)][6] == 1
 
@@ -744,7 +758,7 @@ def test_what_saves_memory_or_time_changes_no_number_beyond_rounding(tmp_path, c
     run(tmp_path / "other", **changes)
     plain, other = state(tmp_path / "plain" / "checkpoint-12"), state(tmp_path / "other" / "checkpoint-12")
     for name, value in plain.items():
-        if name.startswith("model"):
+        if name.startswith("unet"):
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
 
 
@@ -788,8 +802,8 @@ def test_fp16_resumes_to_the_bit_with_the_scale_of_its_losses(tmp_path, monkeypa
     run_killed_at(monkeypatch, 6, tmp_path / "killed", mixed_precision="fp16", **RANDOM)
     run(tmp_path / "killed", mixed_precision="fp16", **RANDOM, resume_from_checkpoint="latest")
     assert differences(tmp_path / "straight" / "checkpoint-12", tmp_path / "killed" / "checkpoint-12") == []
-    scaler = torch.load(tmp_path / "killed" / "checkpoint-12" / "scaler.pt", weights_only=True)
-    assert scaler["_growth_tracker"] == 12
+    scalers = [find_checkpoint(tmp_path / name)[1]["scaler"] for name in ("straight", "killed")]
+    assert scalers[0] == scalers[1] and scalers[0]["_growth_tracker"] == 12
 
 
 def test_fp16_that_would_be_single_precision_is_refused(tmp_path):
@@ -804,7 +818,10 @@ def test_a_compiled_run_goes_on_uncompiled_and_the_other_way(tmp_path, monkeypat
     monkeypatch.setattr(
         training.CustomUNet2DModel,
         "compile",
-        lambda self: (compiled.append(self), torch.nn.Module.compile(self, backend="eager")),
+        lambda self, **options: (
+            compiled.append(self),
+            torch.nn.Module.compile(self, backend="eager", **options),
+        ),
     )
     run(tmp_path / "plain")
     for first, then in [(True, False), (False, True)]:
@@ -814,7 +831,7 @@ def test_a_compiled_run_goes_on_uncompiled_and_the_other_way(tmp_path, monkeypat
         one, other = state(tmp_path / "plain" / "checkpoint-12"), state(folder / "checkpoint-12")
         assert one.keys() == other.keys()
         for name, value in one.items():
-            if name.startswith("model"):
+            if name.startswith("unet"):
                 torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
         assert CustomDDPMPipeline.from_pretrained(folder)
     assert len(compiled) == 2

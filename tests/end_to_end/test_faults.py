@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from accelerate.state import AcceleratorState
-from runs import ROOT, flags, metrics, run, tiny
+from runs import PYTHON, ROOT, flags, metrics, run, tiny
 
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.checkpoint import list_checkpoints
@@ -132,6 +132,20 @@ def test_a_folder_that_holds_another_run_stays_as_it_is(tmp_path, program):
     assert contents(tmp_path) == before
 
 
+def test_a_folder_where_another_run_goes_on(tmp_path, program):
+    run(tmp_path, max_train_steps=4)
+    code = "import sys; from pathlib import Path; from custom_ddpm.checkpoint import claim_output_dir\n"
+    code += "with claim_output_dir(sys.argv[1], Path(sys.argv[1], 'checkpoint-4')): print(flush=True); input()"
+    with subprocess.Popen([PYTHON, "-c", code, str(tmp_path)], stdin=-1, stdout=-1) as other:
+        other.stdout.readline()
+        before = contents(tmp_path)
+        said = refused(program(*flags(tmp_path, resume_from_checkpoint="latest")), "another run is going on in")
+        assert len(said) == 1 and contents(tmp_path) == before
+        other.communicate(b"\n")
+    assert other.returncode == 0
+    assert program(*flags(tmp_path, resume_from_checkpoint="latest"))[0] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -189,14 +203,14 @@ def test_labels_with_gaps_are_closed(tmp_path, program):
 
 
 def truncate(folder):
-    file = folder / "model.safetensors"
+    file = folder / "unet.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def flip_a_byte(folder):
-    content = bytearray((folder / "optimizer.bin").read_bytes())
+    content = bytearray((folder / "optimizer.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
-    (folder / "optimizer.bin").write_bytes(content)
+    (folder / "optimizer.safetensors").write_bytes(content)
 
 
 def lose_a_file(folder):

@@ -1,0 +1,225 @@
+"""custom_ddpm/sharding.py and state.py: a model that FSDP splits is trained, saved and resumed as one that is whole."""
+
+import types
+
+import datasets
+import pytest
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from runs import (
+    RANDOM,
+    differences,
+    metrics,
+    needs_forkserver,
+    on_processes,
+    run,
+    run_on_processes,
+    run_split,
+    split,
+    state,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from custom_ddpm import CustomDDPMPipeline, training
+from custom_ddpm import state as state_module
+from custom_ddpm.checkpoint import list_checkpoints
+from custom_ddpm.sharding import check_strategy
+
+pytestmark = [pytest.mark.usefixtures("digits_cache"), needs_forkserver]
+
+BLOCKS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+# Grids and validation in the middle, and a last batch of the held-out pictures that one process has no part in.
+CHANGES = {
+    **RANDOM,
+    "logging_steps": 1,
+    "save_images_steps": 5,
+    "posthoc_ema_steps": 5,
+    "validation_split": "train[90%:]",
+    "gradient_accumulation_steps": 2,
+}
+
+
+def assert_the_same(one, other, weights=1e-5, losses=1e-6):
+    for line, twin in zip(metrics(one), metrics(other), strict=True):
+        for name in {"loss", "validation_loss", "grad_norm"} & line.keys():
+            assert line[name] == pytest.approx(twin[name], rel=losses), (line["step"], name)
+    for step in list_checkpoints(one):
+        states = [state(folder / f"checkpoint-{step}") for folder in (one, other)]
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value, rtol=0, atol=weights, msg=f"{name} at step {step}")
+    # What is saved as the pipeline.
+    unets = [CustomDDPMPipeline.from_pretrained(folder).unet for folder in (one, other)]
+    assert (one / "unet" / "config.json").read_text() == (other / "unet" / "config.json").read_text()
+    for value, twin in zip(unets[0].parameters(), unets[1].parameters(), strict=True):
+        torch.testing.assert_close(twin, value, rtol=0, atol=weights)
+
+
+@pytest.fixture
+def cache():
+    return str(datasets.config.HF_DATASETS_CACHE)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, digits_cache):
+    """A run on two processes with the whole model on each."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    run_on_processes(2, folder, **CHANGES)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        BLOCKS,
+        {**BLOCKS, "cpu_ram_efficient_loading": True, "reshard_after_forward": False},
+        pytest.param(
+            {**BLOCKS, "transformer_cls_names_to_wrap": ["ResidualBlock", "SelfAttention"]}, marks=pytest.mark.slow
+        ),
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+    ids=["by block", "loaded by one process", "by layer", "in one"],
+)
+def test_a_split_run_is_the_run(tmp_path, straight, plugin):
+    run_split(2, tmp_path / "split", plugin, **CHANGES)
+    assert_the_same(straight, tmp_path / "split")
+
+
+def watched(output_dir, cache, changes):
+    """Train, and tell what of the model lay on this process at the end."""
+    average, seen = training.TrainingState.step_averages, {}
+
+    def step_averages(self):
+        average(self)
+        weights, moments = list(self.unet.parameters()), [v for s in self.optimizer.state.values() for v in s.values()]
+        seen["split"] = all(isinstance(w, DTensor) for w in weights)
+        seen["units"] = {name for name, module in self.unet.named_modules() if isinstance(module, FSDPModule)}
+        seen["weights"] = sum(w.to_local().numel() for w in weights) / sum(w.numel() for w in weights)
+        seen["moments"] = sum(m.to_local().numel() for m in moments if isinstance(m, DTensor))
+        seen["averages"] = sum(a.numel() for a in self.ema.shadow_params)
+        seen["all"] = sum(w.numel() for w in weights)
+
+    training.TrainingState.step_averages = step_averages
+    split(BLOCKS, cache, output_dir, changes)
+    assert seen["split"]
+    assert seen["units"] >= {"", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"}
+    assert 0.4 < seen["weights"] < 0.6
+    assert 0.8 * seen["all"] < seen["moments"] < 1.2 * seen["all"]  # two moments of half the weights
+    assert 0.4 * seen["all"] < seen["averages"] < 0.6 * seen["all"]
+
+
+def test_each_of_two_processes_has_half_of_weights_moments_and_averages(tmp_path, cache):
+    on_processes(2, watched, tmp_path, cache, {"max_train_steps": 1})
+
+
+def test_a_split_run_resumes_to_the_bit_and_goes_on_whole(tmp_path):
+    changes = {**CHANGES, "lr_scheduler": "constant"}
+    run_split(2, tmp_path / "straight", BLOCKS, **changes)
+    run_split(2, tmp_path / "resumed", BLOCKS, **changes | {"max_train_steps": 6})
+    run_split(2, tmp_path / "resumed", BLOCKS, **changes, resume_from_checkpoint="latest")
+    assert differences(tmp_path / "straight" / "checkpoint-12", tmp_path / "resumed" / "checkpoint-12") == []
+    lines = [[line for line in metrics(tmp_path / name) if "loss" in line] for name in ("straight", "resumed")]
+    assert lines[0] == lines[1]
+    # Whole on one process, then split, then whole on two.
+    run(tmp_path / "moved", **changes | {"max_train_steps": 4, "gradient_accumulation_steps": 4})
+    run_split(2, tmp_path / "moved", BLOCKS, **changes | {"max_train_steps": 8}, resume_from_checkpoint="latest")
+    run_on_processes(2, tmp_path / "moved", **changes, resume_from_checkpoint="latest")
+    one, other = (metrics(tmp_path / name)[-1]["validation_loss"] for name in ("straight", "moved"))
+    assert one == pytest.approx(other, rel=1e-5)
+    states = [state(tmp_path / name / "checkpoint-12") for name in ("straight", "moved")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "losses"),
+    [
+        pytest.param(
+            {"timestep_sampling": "importance", "loss_type": "vlb", "ddpm_num_steps": 4},
+            1e-4,
+            1e-4,
+            marks=pytest.mark.slow,
+        ),
+        ({"gradient_checkpointing": True, "channels_last": True, "dropout": 0.0}, 1e-5, 1e-5),
+        # FSDP adds the gradients in half precision; where their sign is not certain Adam steps by ±1e-3, 12 times.
+        ({"mixed_precision": "bf16"}, 1.2e-2, 2e-2),
+        pytest.param({"torch_compile": True}, 1e-4, 1e-4, marks=pytest.mark.slow),
+    ],
+    ids=["importance", "memory", "bf16", "compiled"],
+)
+def test_a_split_run_with(tmp_path, changes, weights, losses):
+    changes = {"logging_steps": 1, "class_conditional": True, "save_images_steps": 5, **changes}
+    run_on_processes(2, tmp_path / "whole", **changes | {"torch_compile": False})
+    run_split(2, tmp_path / "split", BLOCKS, **changes)
+    assert_the_same(tmp_path / "whole", tmp_path / "split", weights, losses)
+    tensors = state(tmp_path / "split" / "checkpoint-12").values()
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} <= {torch.float32, torch.float64}
+
+
+def poisoned(output_dir, cache, changes):
+    """Train, with a loss that is not a number on the second process in step 6."""
+    draw, loss, now = training.draw, training.diffusion_loss, []
+
+    def note(seed, step, positions, *arguments):
+        now[:] = [step, positions.start]
+        return draw(seed, step, positions, *arguments)
+
+    training.draw = note
+    training.diffusion_loss = lambda *a, **k: loss(*a, **k) * (float("nan") if now == [6, 4] else 1.0)
+    split(BLOCKS, cache, output_dir, changes)
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_by_all(tmp_path, cache):
+    on_processes(2, poisoned, tmp_path, cache, {"checkpointing_steps": 1, "logging_steps": 1, "max_train_steps": 8})
+    before, after, later = (state(tmp_path / f"checkpoint-{step}") for step in (6, 7, 8))
+    for name, tensor in before.items():
+        if name.startswith(("unet", "optimizer")):
+            assert torch.equal(tensor, after[name]), name
+    assert not torch.equal(after["unet/conv_in.weight"], later["unet/conv_in.weight"])
+    assert all(torch.isfinite(tensor).all() for tensor in later.values())
+    assert [line["skipped_steps"] for line in metrics(tmp_path)] == [0] * 6 + [1, 0]
+
+
+def short_of_disk(output_dir, cache, changes):
+    """Train, and find the disk full in the middle of the second checkpoint."""
+    save_file = state_module.save_file
+
+    def full(tensors, file):
+        if "checkpoint-8" in str(file) and file.name == "optimizer.safetensors":
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file)
+
+    state_module.save_file = full
+    with pytest.raises(OSError, match=r"could not save checkpoint-8 .* No space left on device"):
+        split(BLOCKS, cache, output_dir, changes)
+
+
+def test_a_full_disk_ends_all_processes(tmp_path, cache):
+    on_processes(2, short_of_disk, tmp_path, cache, {})
+    assert list(list_checkpoints(tmp_path)) == [4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "message"),
+    [
+        ("DEEPSPEED", {}, "set up for DEEPSPEED, which is not supported; .* set it up for FSDP"),
+        ("MEGATRON_LM", {}, "set up for MEGATRON_LM, which is not supported"),
+        ("FSDP", {"fsdp_version": 1}, "fsdp_version is 1; it must be 2"),
+        ("FSDP", {"cpu_offload": True}, "fsdp_offload_params is true; it must be false"),
+        ("FSDP", {"activation_checkpointing": True}, "fsdp_activation_checkpointing is true; .* --gradient_checkpoint"),
+        ("FSDP", {"auto_wrap_policy": "SIZE_BASED_WRAP"}, "SIZE_BASED_WRAP; it must be TRANSFORMER_BASED_WRAP"),
+    ],
+)
+def test_what_is_not_supported_is_refused(kind, plugin, message):
+    settings = types.SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **plugin}))
+    with pytest.raises(ValueError, match=message):
+        check_strategy(types.SimpleNamespace(distributed_type=DistributedType[kind], state=settings))
+
+
+def test_fsdp_on_a_cpu_is_refused_and_not_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="set up for FSDP, which it has for GPUs only"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
