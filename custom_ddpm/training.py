@@ -597,7 +597,8 @@ def train_from(resumed: tuple[Path, dict[str, Any]] | None, config: TrainingConf
         show()
         if push is not None and accelerator.is_main_process:
             push.finish(output_dir, f"Trained for {step} steps")
-        accelerator.print(_closing(output_dir, data, config))
+        if accelerator.is_main_process:  # accelerate's own print would say it once for each machine
+            print(_closing(output_dir, data, config))
     accelerator.end_training()
 
 
