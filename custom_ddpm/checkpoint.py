@@ -56,19 +56,16 @@ def claim_output_dir(output_dir: str | Path, resumed_from: Path | None = None) -
             resumed from elsewhere; a complete one of a later step, otherwise.
     """
     output_dir = Path(output_dir)
-    lock = output_dir / LOCK
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        # Stays there, empty: to delete what others may have opened would let two of them have the folder.
+        lock = (output_dir / LOCK).open("a")
     except OSError as error:
         raise OSError(f"cannot write to the output folder {output_dir}: {error.strerror}") from error
-    with file:
-        _lock(file, output_dir)
-        try:
-            _clear(output_dir, resumed_from)
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    with lock:
+        _lock(lock, output_dir)
+        _clear(output_dir, resumed_from)
+        yield
 
 
 def _lock(file: TextIO, output_dir: Path) -> None:
@@ -123,8 +120,8 @@ def save_checkpoint(
     Args:
         output_dir: the folder of the run, see `claim_output_dir`.
         step: the number of optimizer steps done.
-        write: writes the files into the folder it is given; called on every process, so that it can be
-            `accelerator.save_state`. What only one process should write is its own affair.
+        write: writes the files into the folder it is given; called on every process, as what is to be written may lie
+            on all of them. What only one process should write is its own affair.
         metadata: goes into `metadata.json` with `step`; anything that JSON can hold.
         accelerator: the run's.
         total_limit: how many checkpoints may lie in the folder, `None` for any number. The oldest go first; never the
@@ -145,9 +142,11 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def fill() -> None:
+    def see() -> None:
         if not partial.is_dir():
             raise NotADirectoryError(f"{output_dir} is not the same folder for all processes")
+
+    def fill() -> None:
         write(partial)
 
     def complete() -> None:
@@ -162,10 +161,10 @@ def save_checkpoint(
 
     if broadcast_object_list([path.exists()])[0]:
         return path
-    for action in [prepare, fill, complete]:
+    for action in [prepare, see, fill, complete]:
         error = None
         try:
-            if action is fill or accelerator.is_main_process:
+            if action in (see, fill) or accelerator.is_main_process:
                 action()
         except Exception as caught:  # whatever it is, the other processes must hear of it, or they wait for ever
             error = caught
@@ -304,7 +303,7 @@ def _flush(path: Path) -> None:
 
 
 def _cause(error: Exception, folder: Path) -> str:
-    # torch.save does not say that the disk is full.
+    # Not all that write files say that the disk is full.
     full = folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
     return ("the disk is full, " if full else "") + _one_line(error)
 

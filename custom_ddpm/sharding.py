@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, str_to_bool
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -27,9 +27,12 @@ def check_strategy(accelerator: Accelerator) -> None:
             f"accelerate is set up for {kind.value}, which is not supported; for a model that does not fit on one GPU "
             "set it up for FSDP, version 2"
         )
+    parallelism: Any = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled):
+        raise ValueError("accelerate is set up for tensor or context parallelism, which is not supported; use FSDP")
     if kind != DistributedType.FSDP:
         if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
-            raise ValueError("accelerate is set up for FSDP, which it has for GPUs only, and this run is on a CPU")
+            raise ValueError("accelerate is set up for FSDP, which it has for GPUs only, started by its launcher")
         return
     plugin: Any = accelerator.state.fsdp_plugin
     refused = {
@@ -38,9 +41,9 @@ def check_strategy(accelerator: Accelerator) -> None:
         "fsdp_activation_checkpointing is true; it must be false, --gradient_checkpointing does the same": (
             plugin.activation_checkpointing
         ),
-        # It would split lists of layers too, which are never called.
-        "fsdp_auto_wrap_policy is SIZE_BASED_WRAP; it must be TRANSFORMER_BASED_WRAP": (
-            plugin.auto_wrap_policy is size_based_auto_wrap_policy
+        # Without a policy the model would be one unit, whole on every GPU; by size lists of layers would be units.
+        "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP": (
+            plugin.auto_wrap_policy is not transformer_auto_wrap_policy
         ),
     }
     for message, holds in refused.items():
@@ -75,10 +78,10 @@ def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def forget_whole(model: Any) -> None:
-    """Have the model put together anew from its parts when it is next called.
+    """Have the model be its parts again, and be put together anew when it is next called.
 
-    Those of its weights that are used last stay whole after a call that no backward pass follows. To be called after
-    the parts are written to.
+    After a call that no backward pass follows some of its weights stay whole, in the precision of the call, and are
+    what `parameters()` gives. To be called before those are read, and after the parts were written to.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .objective import ImportanceSampler
@@ -89,12 +89,21 @@ class TrainingState:
         return unet
 
     def save(self, folder: Path) -> None:
-        """Write all of it into a folder."""
-        # All of it is gathered before any is written: if the disk is full, no process is left waiting for this one.
-        gathered = {file: self._gather(parts) for file, parts in self._files().items()}
-        if self.accelerator.is_main_process:
-            for file, tensors in gathered.items():
-                save_file(tensors, folder / file)
+        """Write all of it into a folder.
+
+        Raises:
+            OSError, SafetensorError: on the main process, when all of it is gathered: no other is left waiting for it.
+        """
+        failure: Exception | None = None
+        for file, parts in self._files().items():
+            tensors = self._gather(parts)
+            if self.accelerator.is_main_process and failure is None:
+                try:
+                    save_file(tensors, folder / file)
+                except (OSError, SafetensorError) as error:
+                    failure = error
+        if failure is not None:
+            raise failure
         if self.sampler is not None and self.accelerator.is_main_process:
             save_file(self.sampler.state_dict(), folder / SAMPLER_FILE)
 
@@ -125,7 +134,7 @@ class TrainingState:
             self.posthoc_ema.optimization_step = metadata["step"]
         if self.sampler is not None:
             self.sampler.load_state_dict(load_file(folder / SAMPLER_FILE))
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and metadata["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(metadata["scaler"])
 
     def save_posthoc_snapshot(self, run: Path) -> None:
@@ -137,6 +146,7 @@ class TrainingState:
 
     def _files(self) -> dict[str, Parts]:
         """What `save` writes, but the sampler's, which is whole everywhere."""
+        forget_whole(self.unet)
         weights = dict(self.unet.named_parameters())
         moments = {f"{name}.{kind}": m for name, w in weights.items() for kind, m in self.optimizer.state[w].items()}
         files = {

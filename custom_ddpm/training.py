@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -56,6 +57,7 @@ FIXED_SETTINGS = (
 ).split()
 OWN_SETTINGS = ("output_dir", "resume_from_checkpoint")  # what every start of a run says anew
 IMAGE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+PATIENCE = timedelta(hours=6)  # of processes with one that decodes a large dataset, or writes a large checkpoint
 MAX_SKIPPED_STEPS = 50  # steps in a row with gradients that are not finite, after which a run has no future
 
 
@@ -319,8 +321,12 @@ def train(config: TrainingConfig) -> Path:
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))
         ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     check_strategy(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # Else accelerate leaves the gradients whole on every process, and in half precision, until the last batch.
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate goes on in single precision, and does not say so.
         raise ValueError("--mixed_precision is fp16, which a CPU has no training for; it must be bf16 or no")
@@ -374,14 +380,13 @@ def train_from(resumed: tuple[Path, dict[str, Any]] | None, config: TrainingConf
         num_training_steps=max_train_steps,
     )
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
-    parts = [local_part(w) for w in unet.parameters()]
     sampler = ImportanceSampler(len(scheduler)) if config.timestep_sampling == "importance" else None
     state = TrainingState(
         accelerator,
         unet,
         optimizer,
-        ema=build_ema(config, parts) if config.use_ema else None,
-        posthoc_ema=None if config.posthoc_ema_steps is None else PostHocEMA(parts),
+        ema=build_ema(config, map(local_part, unet.parameters())) if config.use_ema else None,
+        posthoc_ema=None if config.posthoc_ema_steps is None else PostHocEMA(map(local_part, unet.parameters())),
         sampler=sampler and sampler.to(accelerator.device),
     )
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, get_fsdp2_grad_scaler
 
 from custom_ddpm import training
 from custom_ddpm.config import TrainingConfig
@@ -146,6 +146,8 @@ def split(plugin_options: dict[str, Any], cache: str, output_dir: Path, changes:
             if options["mixed_precision"] != "no":
                 self.state.fsdp_plugin.set_mixed_precision(options["mixed_precision"])
             super().__init__(**options)
+            if options["mixed_precision"] == "fp16":
+                self.native_amp, self.scaler = True, get_fsdp2_grad_scaler(device="cpu")
 
     training.Accelerator = SplitOnCPU  # type: ignore[misc]
     _run(cache, output_dir, changes)

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from custom_ddpm.checkpoint import (
+    LOCK,
     MANIFEST,
     METADATA,
     claim_output_dir,
@@ -72,7 +73,7 @@ def steps(output_dir):
 
 
 def names(output_dir):
-    return sorted(path.name for path in output_dir.iterdir())
+    return sorted(path.name for path in output_dir.iterdir() if path.name != LOCK)
 
 
 # Saving and finding
@@ -256,7 +257,7 @@ def test_killed_before_any_file_operation_of_a_save(tmp_path, accelerator):
         assert len(steps(output_dir)) >= 2 and metadata["step"] in {2, 3}
 
         claim(output_dir, path)
-        assert not list(output_dir.glob(".*"))
+        assert not list(output_dir.glob(".checkpoint-*"))
         save(output_dir, 3, accelerator, total_limit=2)
         assert_is_checkpoint(output_dir / "checkpoint-3", 3)
         if child.exitcode == 0:
@@ -511,7 +512,7 @@ def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path
     try:
         with pytest.raises(BlockingIOError, match=f"another run is going on in {tmp_path / 'run'}: end it, or choose"):
             claim(tmp_path / "run")
-        assert names(tmp_path / "run") == [".checkpoint-1.tmp", ".lock"]
+        assert names(tmp_path / "run") == [".checkpoint-1.tmp"]
         holder.kill()
         holder.wait()
         claim(tmp_path / "run")
@@ -644,6 +645,16 @@ try:
 except OSError as error:
     (output_dir / f"error-{accelerator.process_index}").write_text(str(error))
 assert save(1, fail_on_the_second) == path
+
+def write_together(folder):
+    accelerator.reduce(torch.ones(100))
+
+try:
+    own = output_dir.with_name(f"own-{accelerator.process_index}")
+    save_checkpoint(own, 1, write_together, metadata={}, accelerator=accelerator)
+except OSError as error:
+    assert "own-1 is not the same folder for all processes" in str(error)
+    (output_dir / f"error-{accelerator.process_index + 2}").write_text(str(error))
 accelerator.load_state(save(3, accelerator.save_state))
 """
 
@@ -660,7 +671,7 @@ def test_two_processes_save_together_and_fail_together(tmp_path):
     command = [*launch, "--main_process_port", "0", str(script), str(output_dir)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert names(output_dir) == ["checkpoint-3", "error-0", "error-1"]
+    assert names(output_dir) == ["checkpoint-3", "error-0", "error-1", "error-2", "error-3"]
     for process in [0, 1]:
         assert (output_dir / f"error-{process}").read_text() == (
             f"could not save checkpoint-2 in {output_dir}: OSError: [Errno 28] No space left on device"

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from runs import PYTHON, ROOT, flags, metrics, run, tiny
 
 from custom_ddpm import CustomDDPMPipeline
-from custom_ddpm.checkpoint import list_checkpoints
+from custom_ddpm.checkpoint import LOCK, list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
 
@@ -46,7 +46,8 @@ def program(monkeypatch, capsys, caplog):
 
 
 def contents(folder):
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK]
+    return {file.relative_to(folder): file.read_bytes() for file in files}
 
 
 def refused(result, *parts):
