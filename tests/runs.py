@@ -1,6 +1,7 @@
 """Training runs of a second, on 8x8 digits, for the tests; and what is left of them, to compare."""
 
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -183,6 +184,21 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` without what is a matter of time."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def assert_the_seventh_of_eight_steps_was_left_out(output_dir: Path) -> None:
+    """Of a run with `logging_steps` and `checkpointing_steps` 1: weights and optimiser stayed, the rest went on."""
+    before, after, later = (state(output_dir / f"checkpoint-{step}") for step in (6, 7, 8))
+    for name, tensor in before.items():
+        if name.startswith(("unet", "optimizer")):
+            assert torch.equal(tensor, after[name]), name
+    assert not torch.equal(after["unet/conv_in.weight"], later["unet/conv_in.weight"])
+    assert all(torch.isfinite(tensor).all() for tensor in later.values())
+    # Its own count of steps is the optimiser's, for the bias correction; the others go on.
+    assert later["optimizer/conv_in.weight.step"] == 7 and later["EMA step"] == 8
+    lines = metrics(output_dir)
+    assert [line["skipped_steps"] for line in lines] == [0] * 6 + [1, 0]
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
 
 
 def python_environment(**changes: str) -> dict[str, str]:
