@@ -22,11 +22,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from custom_ddpm.journal import Journal
 from diffusers.training_utils import EMAModel
 
 from custom_ddpm import training
 from custom_ddpm.config import parse_config
-from custom_ddpm.journal import Journal
 from custom_ddpm.scheduler import CustomDDPMScheduler
 from custom_ddpm.unet import CustomUNet2DModel
 

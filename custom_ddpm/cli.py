@@ -1,27 +1,26 @@
-"""`custom-ddpm`: what is done with a trained model from the command line."""
+"""`custom-ddpm`: train a model, and use trained models from the command line.
+
+Torch is imported by the commands, not for --help.
+"""
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import PIL.Image
-import torch
-from accelerate import PartialState
+from ._version import __version__
 
-from .config import parse_config
-from .convert import pipeline_from_diffusers, pipeline_to_diffusers
-from .data import normalise
-from .hub import HubError, push_pipeline, verify_repository
-from .objective import estimate_original_sample_variances
-from .pipelines import CustomDDPMPipeline
-from .sampling import image_grid, sample_images
-from .scheduler import CustomDDPMScheduler
-from .training import CONFIG_FILE, open_data
+if TYPE_CHECKING:
+    from .pipelines import CustomDDPMPipeline
 
 
-def _load(model: str) -> CustomDDPMPipeline:
+def _load(model: str) -> "CustomDDPMPipeline":
+    import torch
+
+    from .pipelines import CustomDDPMPipeline
+
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return CustomDDPMPipeline.from_pretrained(model).to(device)
 
@@ -29,12 +28,16 @@ def _load(model: str) -> CustomDDPMPipeline:
 def _new_folder(path: str) -> Path:
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already and not empty; choose another folder")
+        raise FileExistsError(f"{folder} exists already and is not empty; choose another folder")
     return folder
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Draw pictures: numbered PNG files and a grid."""
+    """Draw pictures with a model: numbered PNG files and a grid."""
+    import PIL.Image
+
+    from .sampling import image_grid, sample_images
+
     folder = _new_folder(args.output_dir)
     pipeline = _load(args.model)
     labels = None
@@ -56,23 +59,30 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Turn a pipeline into diffusers' own classes, or theirs into ours."""
+    """Convert a pipeline to diffusers' own classes, or from them."""
+    from .hub.convert import pipeline_from_diffusers, pipeline_to_diffusers
+    from .pipelines import CustomDDPMPipeline
+
     folder = _new_folder(args.output_dir)
     if args.to == "diffusers":
         stock = pipeline_to_diffusers(CustomDDPMPipeline.from_pretrained(args.model))
-        stock.save_pretrained(folder)  # type: ignore[attr-defined]
+        stock.save_pretrained(folder)
     else:
         pipeline_from_diffusers(args.model).save_pretrained(folder)
     print(f"{args.model} as {args.to} in {folder}")
 
 
 def push(args: argparse.Namespace) -> None:
-    """Push a saved pipeline to the Hub: `main`, and the stock export to the branch `diffusers`."""
+    """Push a saved pipeline to the Hub: `main`, and the export to diffusers' classes to the branch `diffusers`."""
+    from .hub import push_pipeline
+
     print(push_pipeline(args.folder, args.repo_id, private=args.private or None))
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Say whether a repository's code is this release's, and what else speaks against trusting it."""
+    """Check whether the code in a repository is that of this release, and whether anything else makes it unsafe."""
+    from .hub import verify_repository
+
     problems = verify_repository(args.repository, revision=args.revision)
     if problems:
         raise ValueError("\n  ".join([f"{args.repository} is not to be trusted:", *problems]))
@@ -80,7 +90,16 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def analytic_variance(args: argparse.Namespace) -> None:
-    """Estimate the optimal variances from the training data, and save the model's scheduler with them."""
+    """Estimate the optimal variances of the reverse steps from the training data, and save them with the model."""
+    import torch
+    from accelerate import PartialState
+
+    from .config import parse_config
+    from .data import normalise
+    from .objective import estimate_original_sample_variances
+    from .scheduler import CustomDDPMScheduler
+    from .training.build import CONFIG_FILE, open_data
+
     folder = Path(args.folder)
     pipeline = _load(str(folder))
     data, _ = open_data(parse_config(["--config", str(folder / CONFIG_FILE)]), PartialState())
@@ -108,25 +127,37 @@ def analytic_variance(args: argparse.Namespace) -> None:
     print(f"variance_type 'analytic', from {len(images)} pictures, in {folder / 'scheduler'}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `custom-ddpm`; exits with status 1 and one line when something is wrong."""
-    parser = argparse.ArgumentParser(prog="custom-ddpm", description=__doc__)
+def train(argv: Sequence[str]) -> None:
+    """Train a model on one process; for several use `accelerate launch -m custom_ddpm.train`."""
+    from .train import main
+
+    main(argv, prog="custom-ddpm train")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="custom-ddpm", description="Train diffusion models, sample from them, convert, push and verify them."
+    )
+    parser.add_argument("--version", action="version", version=f"custom-ddpm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    def command(name: str, run: object) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[Any], None]) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=formatter)
         sub.set_defaults(run=run)
         return sub
 
+    command("train", train)
+
     sub = command("sample", sample)
     sub.add_argument("model", help="folder or Hub repository, ours or a stock DDPM")
     sub.add_argument("--output_dir", default="samples", help="new folder for the pictures")
-    sub.add_argument("--num_images", type=int, default=16, help="how many pictures")
+    sub.add_argument("--num_images", type=int, default=16, help="number of pictures")
     sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next number")
-    sub.add_argument("--class_labels", nargs="+", default=None, help="labels or class names, in turn")
+    sub.add_argument("--class_labels", nargs="+", default=None, help="labels or class names, repeated in turn")
     sub.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
-    sub.add_argument("--num_inference_steps", type=int, default=None, help="steps; all T if not given")
+    sub.add_argument("--num_inference_steps", type=int, default=None, help="sampling steps; all T if not given")
     sub.add_argument("--eta", type=float, default=None, help="1: DDPM, 0: DDIM")
     sub.add_argument("--batch_size", type=int, default=64, help="pictures drawn at once")
 
@@ -137,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sub = command("push", push)
     sub.add_argument("folder", help="folder of a saved pipeline, such as a run's output folder")
-    sub.add_argument("repo_id", help="user/model; made if it is not there")
+    sub.add_argument("repo_id", help="user/model; created if it does not exist")
     sub.add_argument("--private", action="store_true", help="make it private")
 
     sub = command("verify", verify)
@@ -149,9 +180,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     sub.add_argument("--num_images", type=int, default=512, help="pictures to estimate from")
     sub.add_argument("--batch_size", type=int, default=64, help="pictures at once")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    return parser
 
-    args = parser.parse_args(argv)
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `custom-ddpm`; ends with status 1 or 2 and one line of text when something is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return train(argv[1:])  # it has a parser of its own
+    args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    from .hub import HubError
+
     try:
         args.run(args)
     except (ValueError, OSError, HubError) as error:

@@ -1,279 +1,435 @@
-"""One dataclass is the command-line flags, the YAML keys, and what is saved with the run.
+"""The configuration of a training run: one dataclass is the command-line flags, the YAML keys and the saved settings.
 
-Flags are named as in diffusers' `train_unconditional.py` where they mean the same. A YAML file given by `--config` is
-read as if its keys had been typed as flags before the others, so both pass through one parser.
+Flags have the names of diffusers' `train_unconditional.py` where they mean the same. The keys of a YAML file given by
+`--config` are read as flags that stand before all others, so both pass through one parser and flags win. This module
+does not import torch: `--help` answers at once.
 """
 
 import argparse
 import dataclasses
+import difflib
 import math
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn
 
-import yaml
-from diffusers.optimization import SchedulerType
-from PIL import ImageColor
-from transformers import HfArgumentParser
+from ._version import __version__
 
-from .scheduler import PREDICTION_TYPES, VARIANCE_TYPES
-from .schedules import BETA_SCHEDULES
+GROUPS = {
+    "data": "pictures and labels",
+    "model": "the U-Net",
+    "diffusion": "the forward process and what the model predicts",
+    "objective": "the loss",
+    "optimiser": "batches, steps, learning rate",
+    "averaging": "averages of the weights",
+    "sampling": "sample grids during training",
+    "checkpoints": "what is saved, and resuming",
+    "Hub": "pushing to the Hugging Face Hub",
+    "running": "precision, memory, speed, logging",
+}
 
 
-def _flag(default: Any, help: str, **metadata: Any) -> Any:
-    metadata = {"help": help, **metadata}
+def _flag(group: str, default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    metadata = {"group": group, "help": help, "choices": None if choices is None else tuple(choices)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _choice(default: Any, choices: Sequence[Any], help: str) -> Any:
-    return _flag(default, help, choices=list(choices))
-
-
 @dataclass
 class TrainingConfig:
-    """Everything that a run is made of. Each field is documented by its flag's help (`train_ddpm.py --help`)."""
+    """Settings of a training run; each field is documented by the flag of its name (`train_ddpm.py --help`).
 
-    # ---- pictures ----
-    dataset_name: str | None = _flag(None, "dataset on the Hub, or a local dataset folder or file")
-    dataset_config_name: str | None = _flag(None, "configuration of that dataset")
-    dataset_revision: str | None = _flag(None, "branch, tag or commit of that dataset")
-    train_data_dir: str | None = _flag(None, "folder of pictures, in place of --dataset_name; sub-folders are classes")
-    split: str = _flag("train", "split to train on; slices such as train[:90%%] too")
-    validation_split: str | None = _flag(None, "split to compute the validation loss on")
-    image_column: str | None = _flag(None, "column of the pictures; found by its type if not given")
-    label_column: str | None = _flag(None, "column of the labels; found by its type if not given")
+    Raises:
+        ValueError: a value out of range, or values that contradict each other; one line, with the flag's name.
+    """
+
+    dataset_name: str | None = _flag("data", None, "dataset on the Hub, or path of a local dataset folder or file")
+    dataset_config_name: str | None = _flag("data", None, "configuration of that dataset")
+    dataset_revision: str | None = _flag("data", None, "branch, tag or commit of that dataset")
+    train_data_dir: str | None = _flag(
+        "data", None, "folder of pictures, instead of --dataset_name; sub-folders are classes"
+    )
+    split: str = _flag("data", "train", "split to train on; slices such as train[:90%] too")
+    validation_split: str | None = _flag("data", None, "split to compute the validation loss on")
+    image_column: str | None = _flag("data", None, "column of the pictures; found by its type if not given")
+    label_column: str | None = _flag("data", None, "column of the labels; found by its type if not given")
     image_mode: Literal["L", "RGB", "RGBA"] | None = _flag(
-        None, "force this mode; if not given gray pictures stay gray (one channel), all others become RGB"
+        "data", None, "colour mode; if not given gray pictures stay gray (one channel) and all others become RGB"
     )
-    background: str = _flag("white", "colour that transparent pictures are laid on")
-    resolution: list[int] = _flag([64], "height and width of the pictures in pixels: one number or two")
-    center_crop: bool = _flag(False, "crop the centre instead of a random part where a picture is not of that shape")
-    random_flip: bool = _flag(False, "flip pictures left-right at random")
-    streaming: bool = _flag(False, "read the dataset as a stream, without storing it on the disk")
-    on_bad_image: Literal["raise", "skip"] = _flag("raise", "what to do with a picture that cannot be read")
-    dataloader_num_workers: int = _flag(0, "processes that decode, for the cache or a stream")
-    cache_dir: str | None = _flag(None, "where datasets are stored")
+    background: str = _flag("data", "white", "colour behind transparent pixels: a name or #rrggbb")
+    resolution: list[int] = _flag("data", [64], "size of the pictures in pixels: one side, or height and width")
+    center_crop: bool = _flag(
+        "data", False, "crop the centre instead of a random part of pictures with another aspect ratio"
+    )
+    random_flip: bool = _flag("data", False, "flip pictures left-right at random")
+    streaming: bool = _flag("data", False, "read the dataset as a stream, without storing it on the disk")
+    on_bad_image: Literal["raise", "skip"] = _flag("data", "raise", "what to do with a picture that cannot be read")
+    dataloader_num_workers: int = _flag("data", 0, "processes that decode pictures, for the cache or a stream")
+    cache_dir: str | None = _flag("data", None, "folder where datasets are cached")
 
-    # ---- model ----
-    init_from: str | None = _flag(None, "pipeline to start from (ours or a stock DDPM): folder or Hub repository")
-    block_out_channels: list[int] = _flag([64, 128, 256, 256], "channels at each level of the U-Net")
+    init_from: str | None = _flag(
+        "model", None, "pipeline to start from (ours or a stock DDPM): folder or Hub repository"
+    )
+    block_out_channels: list[int] = _flag("model", [64, 128, 256, 256], "channels at each level of the U-Net")
     down_block_types: list[str] | None = _flag(
+        "model",
         None,
-        "DownBlock2D or AttnDownBlock2D for each level; attention where a level sees 16 pixels or less if not given",
+        "DownBlock2D or AttnDownBlock2D for each level; if not given, attention where a level has 16x16 or less",
     )
-    layers_per_block: int = _flag(2, "residual blocks at each level")
-    attention_head_dim: int | None = _flag(None, "channels of an attention head; all of them if not given")
-    norm_num_groups: int = _flag(32, "groups of the group normalisation")
-    dropout: float = _flag(0.0, "dropout in the residual blocks")
-    class_conditional: bool = _flag(False, "condition the model on the labels of the dataset")
-    label_dropout: float = _flag(0.1, "part of the labels dropped, so that guidance is possible; with labels only")
+    layers_per_block: int = _flag("model", 2, "residual blocks at each level")
+    attention_head_dim: int | None = _flag("model", None, "channels of an attention head; one head if not given")
+    norm_num_groups: int = _flag("model", 32, "groups of the group normalisation")
+    dropout: float = _flag("model", 0.0, "dropout probability in the residual blocks")
+    class_conditional: bool = _flag("model", False, "condition the model on the labels of the dataset")
+    label_dropout: float = _flag(
+        "model", 0.1, "probability of dropping a label, which makes guidance possible; with --class_conditional only"
+    )
 
-    # ---- diffusion ----
-    ddpm_num_steps: int = _flag(1000, "T, steps of the forward process")
-    ddpm_beta_schedule: str = _choice("linear", BETA_SCHEDULES, "beta schedule; keeps its shape when T is not 1000")
-    rescale_betas_zero_snr: bool = _flag(False, "rescale the betas to zero terminal SNR")
-    prediction_type: str = _choice("epsilon", PREDICTION_TYPES, "what the model predicts")
-    variance_type: str = _choice(
+    ddpm_num_steps: int = _flag("diffusion", 1000, "T, steps of the forward process")
+    ddpm_beta_schedule: str = _flag(
+        "diffusion",
+        "linear",
+        "beta schedule; keeps its shape when T is not 1000",
+        ("linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2", "laplace", "exp"),
+    )
+    rescale_betas_zero_snr: bool = _flag("diffusion", False, "rescale the betas to zero terminal SNR")
+    prediction_type: str = _flag(
+        "diffusion", "epsilon", "what the model predicts", ("epsilon", "sample", "v_prediction")
+    )
+    variance_type: str = _flag(
+        "diffusion",
         "fixed_small",
-        # "analytic" is estimated from a trained model.
-        [kind for kind in VARIANCE_TYPES if kind != "analytic"],
         "variance of the reverse step",
+        ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "zero"),
     )
+
     loss_type: Literal["simple", "hybrid", "vlb"] = _flag(
-        "simple", "simple: the paper's L_simple; vlb: the variational bound; hybrid: both (for learned variances)"
+        "objective",
+        "simple",
+        "simple: L_simple of the paper; vlb: the variational bound; hybrid: both (for learned variances)",
     )
-    loss_weighting: Literal["uniform", "min_snr", "p2"] = _flag("uniform", "weight of L_simple by timestep")
-    snr_gamma: float = _flag(5.0, "gamma of the min_snr weighting")
+    loss_weighting: Literal["uniform", "min_snr", "p2"] = _flag(
+        "objective", "uniform", "weight of L_simple at each timestep"
+    )
+    snr_gamma: float = _flag("objective", 5.0, "gamma of the min_snr weighting")
     timestep_sampling: Literal["uniform", "importance"] = _flag(
-        "uniform", "how t is drawn; importance: by its part of the variational bound (for --loss_type vlb)"
+        "objective",
+        "uniform",
+        "distribution of t; importance: by its share of the variational bound (for --loss_type vlb)",
     )
 
-    # ---- optimisation ----
-    train_batch_size: int = _flag(16, "pictures in a batch, for each process")
-    gradient_accumulation_steps: int = _flag(1, "batches in one optimiser step, for each process")
-    num_epochs: int = _flag(100, "times that every picture is seen; unused if --max_train_steps is given")
-    max_train_steps: int | None = _flag(None, "optimiser steps of the whole run")
-    max_train_time: float | None = _flag(None, "minutes after which the run saves a checkpoint and ends")
-    learning_rate: float = _flag(1e-4, "peak learning rate")
-    lr_scheduler: str = _choice(
+    train_batch_size: int = _flag("optimiser", 16, "pictures in a batch, for each process")
+    gradient_accumulation_steps: int = _flag("optimiser", 1, "batches in an optimiser step, for each process")
+    num_epochs: int = _flag("optimiser", 100, "passes over the dataset; unused if --max_train_steps is given")
+    max_train_steps: int | None = _flag("optimiser", None, "optimiser steps of the whole run")
+    max_train_time: float | None = _flag("optimiser", None, "minutes after which the run saves a checkpoint and ends")
+    learning_rate: float = _flag("optimiser", 1e-4, "peak learning rate")
+    lr_scheduler: str = _flag(
+        "optimiser",
         "cosine",
-        [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT],
         "learning rate schedule, in optimiser steps",
+        ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     )
-    lr_warmup_steps: int = _flag(500, "optimiser steps of warm-up")
-    adam_beta1: float = _flag(0.95, "beta1 of AdamW")
-    adam_beta2: float = _flag(0.999, "beta2 of AdamW")
-    adam_weight_decay: float = _flag(1e-6, "weight decay of AdamW")
-    adam_epsilon: float = _flag(1e-8, "epsilon of AdamW")
-    max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
-    use_ema: bool = _flag(True, "keep an exponential moving average of the weights; it is what is sampled and saved")
-    ema_inv_gamma: float = _flag(1.0, "inverse gamma of the average's warm-up")
-    ema_power: float = _flag(0.75, "power of the average's warm-up")
-    ema_max_decay: float = _flag(0.9999, "decay that the average's warm-up ends at")
+    lr_warmup_steps: int = _flag("optimiser", 500, "optimiser steps of warm-up")
+    adam_beta1: float = _flag("optimiser", 0.95, "beta1 of AdamW")
+    adam_beta2: float = _flag("optimiser", 0.999, "beta2 of AdamW")
+    adam_weight_decay: float = _flag("optimiser", 1e-6, "weight decay of AdamW")
+    adam_epsilon: float = _flag("optimiser", 1e-8, "epsilon of AdamW")
+    max_grad_norm: float = _flag("optimiser", 1.0, "norm that gradients are clipped to")
+    seed: int = _flag("optimiser", 0, "seed of weights, data order, timesteps, noise and sample grids")
+
+    use_ema: bool = _flag(
+        "averaging", True, "keep an exponential moving average of the weights, which is sampled from and saved"
+    )
+    ema_inv_gamma: float = _flag("averaging", 1.0, "inverse gamma of the average's warm-up")
+    ema_power: float = _flag("averaging", 0.75, "power of the average's warm-up")
+    ema_max_decay: float = _flag("averaging", 0.9999, "decay at the end of the average's warm-up")
     posthoc_ema_steps: int | None = _flag(
-        None, "optimiser steps between snapshots, from which averages of any length can be made after the run"
+        "averaging", None, "optimiser steps between snapshots for averages of any length after the run"
     )
-    seed: int = _flag(0, "seed of everything")
 
-    # ---- machine ----
+    save_images_steps: int = _flag("sampling", 1000, "optimiser steps between sample grids")
+    eval_batch_size: int = _flag("sampling", 16, "pictures in a sample grid")
+    ddpm_num_inference_steps: int | None = _flag("sampling", None, "sampling steps of the grids; all T if not given")
+    guidance_scale: float = _flag(
+        "sampling", 1.0, "classifier-free guidance of the grids, for class-conditional models"
+    )
+
+    output_dir: str = _flag("checkpoints", "ddpm-model", "folder of the run")
+    checkpointing_steps: int = _flag("checkpoints", 500, "optimiser steps between checkpoints")
+    checkpoints_total_limit: int | None = _flag("checkpoints", None, "how many checkpoints to keep; all if not given")
+    resume_from_checkpoint: str | None = _flag("checkpoints", None, "checkpoint to resume from: its path, or latest")
+
+    push_to_hub: bool = _flag("Hub", False, "push the model at every sample grid and at the end")
+    hub_model_id: str | None = _flag("Hub", None, "repository, user/model; the name of the output folder if not given")
+    hub_private_repo: bool = _flag("Hub", False, "make the repository private")
+
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
-        None, "precision of the model's arithmetic; as accelerate is configured if not given"
+        "running", None, "precision of the model's arithmetic; as accelerate is configured if not given"
     )
-    gradient_checkpointing: bool = _flag(False, "compute activations twice to save memory")
-    channels_last: bool = _flag(False, "memory layout that is faster on GPUs with bf16 or fp16")
-    torch_compile: bool = _flag(False, "compile the model")
-    allow_tf32: bool = _flag(True, "TF32 arithmetic on GPUs that have it")
-
-    # ---- what the run leaves ----
-    output_dir: str = _flag("ddpm-model", "folder of the run")
-    checkpointing_steps: int = _flag(500, "optimiser steps between checkpoints")
-    checkpoints_total_limit: int | None = _flag(None, "how many checkpoints are kept; all if not given")
-    resume_from_checkpoint: str | None = _flag(None, "checkpoint to go on from: its path, or latest")
-    save_images_steps: int = _flag(1000, "optimiser steps between sample grids")
-    eval_batch_size: int = _flag(16, "pictures in a sample grid")
-    ddpm_num_inference_steps: int | None = _flag(None, "sampling steps of the grids; all T if not given")
-    guidance_scale: float = _flag(1.0, "guidance of the grids, for class-conditional models")
-    logging_steps: int = _flag(50, "optimiser steps between log lines")
-    report_to: list[str] = _flag([], "trackers to log to besides the run's folder: tensorboard, wandb, ...")
-    push_to_hub: bool = _flag(False, "push the model to the Hub, at every grid and at the end")
-    hub_model_id: str | None = _flag(None, "repository on the Hub, user/model; the output folder's name if not given")
-    hub_private_repo: bool = _flag(False, "make that repository private")
+    gradient_checkpointing: bool = _flag("running", False, "recompute activations to save memory")
+    channels_last: bool = _flag("running", False, "memory layout that is faster on GPUs with bf16 or fp16")
+    torch_compile: bool = _flag("running", False, "compile the model")
+    allow_tf32: bool = _flag("running", True, "use TF32 on GPUs that have it")
+    logging_steps: int = _flag("running", 50, "optimiser steps between lines of metrics")
+    report_to: list[str] = _flag("running", [], "trackers to log to besides the output folder: tensorboard, wandb, ...")
 
     def __post_init__(self) -> None:
         for message in self.problems():
             raise ValueError(message)
 
     def problems(self) -> list[str]:
-        """What is wrong with the values: one line each, with the flag's name and what would be right."""
-        found = []
-
-        def check(name: str, right: bool, what: str) -> None:
-            if not right:
-                found.append(f"--{name} is {getattr(self, name)!r}; {what}")
-
-        for spec in dataclasses.fields(self):
-            if (choices := spec.metadata.get("choices")) is None:
-                choices = [c for c in get_args(spec.type) if isinstance(c, str)] or None
-            if choices is not None and getattr(self, spec.name) is not None:
-                check(spec.name, getattr(self, spec.name) in choices, f"it must be one of {', '.join(choices)}")
-        at_least_one = (
-            "train_batch_size gradient_accumulation_steps num_epochs max_train_steps ddpm_num_steps layers_per_block "
-            "checkpointing_steps checkpoints_total_limit save_images_steps eval_batch_size ddpm_num_inference_steps "
-            "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps"
-        )
-        for name in at_least_one.split():
-            value = getattr(self, name)
-            check(name, value is None or value >= 1, "it must be at least 1")
-        for name in "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time".split():
-            value = getattr(self, name)
-            check(name, value is None or (value > 0 and not math.isnan(value)), "it must be more than 0")
-        for name in "lr_warmup_steps adam_weight_decay dataloader_num_workers seed".split():
-            check(name, getattr(self, name) >= 0, "it must not be negative")
-        for name in "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split():
-            check(name, 0 <= getattr(self, name) < 1, "it must be in [0, 1)")
-        check(
-            "resolution",
-            len(self.resolution) in (1, 2) and all(size >= 1 for size in self.resolution),
-            "it must be one or two numbers of at least 1",
-        )
-        levels = len(self.block_out_channels)
-        check("block_out_channels", levels >= 1, "it must have a number for each level")
-        for channels in self.block_out_channels:
-            check(
-                "block_out_channels",
-                channels >= 1 and channels % max(1, self.norm_num_groups) == 0,
-                f"each must be a multiple of --norm_num_groups, {self.norm_num_groups}",
-            )
-        if self.down_block_types is not None:
-            check(
-                "down_block_types",
-                len(self.down_block_types) == levels
-                and set(self.down_block_types) <= {"DownBlock2D", "AttnDownBlock2D"},
-                f"it must name DownBlock2D or AttnDownBlock2D for each of the {levels} levels",
-            )
-        try:
-            ImageColor.getrgb(self.background)
-        except ValueError:
-            check("background", False, "it must be a colour, such as white or #ff8800")
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            check("train_data_dir", False, "give either it or --dataset_name")
-        learned = self.variance_type in ("learned", "learned_range")
-        if self.loss_type != "simple":
-            check("loss_type", self.variance_type != "zero", "the bound is infinite with --variance_type zero")
-        if learned:
-            check("variance_type", self.loss_type != "simple", "it is trained by --loss_type hybrid or vlb only")
-        if self.rescale_betas_zero_snr:
-            check(
-                "prediction_type", self.prediction_type != "epsilon", "zero terminal SNR needs v_prediction or sample"
-            )
-        if self.ddpm_num_inference_steps is not None:
-            check(
-                "ddpm_num_inference_steps",
-                self.ddpm_num_inference_steps <= self.ddpm_num_steps,
-                f"it must not be more than --ddpm_num_steps, {self.ddpm_num_steps}",
-            )
-        if self.guidance_scale != 1.0:
-            check(
-                "guidance_scale",
-                self.class_conditional and self.label_dropout > 0,
-                "guidance needs --class_conditional and --label_dropout above 0",
-            )
+        """What is wrong with the values: one line each, with the flag's name, the value and what would be right."""
+        rows = [*_range_checks(self), *_consistency_checks(self)]
+        found = [f"--{name} is {getattr(self, name)!r}; {rule}" for name, holds, rule in rows if not holds]
         return list(dict.fromkeys(found))
 
     def to_yaml(self) -> str:
         """The configuration as YAML that `--config` reads back."""
+        import yaml
+
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
-def _yaml_flags(path: str, known: set[str]) -> list[str]:
-    """The keys of a YAML file as command-line words."""
+AT_LEAST_ONE = (
+    "train_batch_size gradient_accumulation_steps num_epochs max_train_steps ddpm_num_steps layers_per_block "
+    "checkpointing_steps checkpoints_total_limit save_images_steps eval_batch_size ddpm_num_inference_steps "
+    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps"
+).split()
+POSITIVE = "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time".split()
+NOT_NEGATIVE = "lr_warmup_steps adam_weight_decay dataloader_num_workers seed".split()
+FRACTIONS = "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()
+
+Check = tuple[str, bool, str]  # name of the setting, whether the rule holds, the rule
+
+
+def _range_checks(config: TrainingConfig) -> Iterable[Check]:
+    """Rules for one setting each."""
+    for spec in dataclasses.fields(config):
+        if (choices := _choices(spec)) is not None and getattr(config, spec.name) is not None:
+            yield spec.name, getattr(config, spec.name) in choices, f"it must be one of {', '.join(choices)}"
+    for name in AT_LEAST_ONE:
+        value = getattr(config, name)
+        yield name, value is None or value >= 1, "it must be at least 1"
+    for name in POSITIVE:
+        value = getattr(config, name)
+        yield name, value is None or (value > 0 and not math.isnan(value)), "it must be more than 0"
+    for name in NOT_NEGATIVE:
+        yield name, getattr(config, name) >= 0, "it must not be negative"
+    for name in FRACTIONS:
+        yield name, 0 <= getattr(config, name) < 1, "it must be in [0, 1)"
+    sides = config.resolution
+    right = len(sides) in (1, 2) and all(side >= 1 for side in sides)
+    yield "resolution", right, "it must be one or two numbers of at least 1"
+    yield "background", _is_colour(config.background), "it must be a colour, such as white or #ff8800"
+
+
+def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
+    """Rules that concern several settings."""
+    channels, groups = config.block_out_channels, config.norm_num_groups
+    yield "block_out_channels", len(channels) >= 1, "it must have a number for each level"
+    fits = all(width >= 1 and width % max(1, groups) == 0 for width in channels)
+    yield "block_out_channels", fits, f"each must be a multiple of --norm_num_groups, {groups}"
+    if config.down_block_types is not None:
+        known = set(config.down_block_types) <= {"DownBlock2D", "AttnDownBlock2D"}
+        rule = f"it must name DownBlock2D or AttnDownBlock2D for each of the {len(channels)} levels"
+        yield "down_block_types", known and len(config.down_block_types) == len(channels), rule
+    both = config.dataset_name is not None and config.train_data_dir is not None
+    yield "train_data_dir", not both, "give either it or --dataset_name"
+    infinite = config.loss_type != "simple" and config.variance_type == "zero"
+    yield "loss_type", not infinite, "the bound is infinite with --variance_type zero"
+    untrained = config.loss_type == "simple" and config.variance_type in ("learned", "learned_range")
+    yield "variance_type", not untrained, "it is trained by --loss_type hybrid or vlb only"
+    blind = config.rescale_betas_zero_snr and config.prediction_type == "epsilon"
+    yield "prediction_type", not blind, "zero terminal SNR needs v_prediction or sample"
+    steps = config.ddpm_num_inference_steps
+    rule = f"it must not be more than --ddpm_num_steps, {config.ddpm_num_steps}"
+    yield "ddpm_num_inference_steps", steps is None or steps <= config.ddpm_num_steps, rule
+    guided = config.class_conditional and config.label_dropout > 0
+    rule = "guidance needs --class_conditional and --label_dropout above 0"
+    yield "guidance_scale", config.guidance_scale == 1.0 or guided, rule
+
+
+def _is_colour(name: str) -> bool:
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(name)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- flags ----
+
+_HINTS = typing.get_type_hints(TrainingConfig)
+
+
+def _value_type(name: str) -> tuple[type, bool]:
+    """Type of a setting's values, and whether it is a list of them."""
+    hint = _HINTS[name]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return (str if typing.get_origin(hint) is Literal else hint), False
+
+
+def _choices(spec: dataclasses.Field) -> tuple[str, ...] | None:
+    """Values that a setting may have; None if there is no list of them."""
+    literals = [part for part in (_HINTS[spec.name], *typing.get_args(_HINTS[spec.name]))]
+    for hint in literals:
+        if typing.get_origin(hint) is Literal:
+            return typing.get_args(hint)
+    return spec.metadata["choices"]
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says which flag may be meant by an unknown one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("--"):
+                self.error(f"unknown flag {word}{_meant(word.partition('=')[0], self._option_string_actions)}")
+        return known, unknown
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _default_text(value: Any) -> str:
+    if value is None or value == []:
+        return ""
+    words = value if isinstance(value, list) else [str(value).lower() if isinstance(value, bool) else value]
+    return f" (default: {' '.join(map(str, words))})"
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of the training flags, in groups, `--config` first."""
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--flag value ...]",
+        description="Train a DDPM on pictures. Flags may be written with dashes or underscores.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these flags as keys; flags win over it")
+    parser.add_argument("--version", action="version", version=f"custom-ddpm {__version__}")
+    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
+    for spec in dataclasses.fields(TrainingConfig):
+        kind, is_list = _value_type(spec.name)
+        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        options: dict[str, Any] = {"default": default, "dest": spec.name}
+        options["help"] = (spec.metadata["help"] + _default_text(default)).replace("%", "%%")
+        group, flag = groups[spec.metadata["group"]], f"--{spec.name}"
+        if kind is bool:
+            group.add_argument(flag, type=_boolean, nargs="?", const=True, metavar="true|false", **options)
+            group.add_argument(  # diffusers' and transformers' habit for what is on by default
+                f"--no_{spec.name}", action="store_false", dest=spec.name, default=default, help=argparse.SUPPRESS
+            )
+            continue
+        choices = _choices(spec)
+        metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+        nargs = ("*" if kind is str else "+") if is_list else None
+        group.add_argument(flag, type=kind, nargs=nargs, choices=choices, metavar=metavar, **options)
+    return parser
+
+
+def _underscored(argv: Sequence[str]) -> list[str]:
+    """Flags with underscores, as they are named; values are left as they are."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word)
+    return words
+
+
+def _yaml_words(path: str) -> list[str]:
+    """The keys of a YAML file as command-line words.
+
+    Raises:
+        ValueError: the file cannot be read, is no mapping, or has a key or value that cannot be meant.
+    """
+    import yaml
+
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: it must hold `flag: value` lines")
-    unknown = [str(key) for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"--config {path}: unknown keys {', '.join(unknown)}; the keys are the flags' names")
+    specs = {spec.name: spec for spec in dataclasses.fields(TrainingConfig)}
     words = []
     for key, value in values.items():
-        if value is None or value == []:
-            continue
-        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        name = str(key).replace("-", "_")
+        if name not in specs:
+            raise ValueError(f"--config {path}: unknown key {key}{_meant(name, specs) or '; keys are names of flags'}")
+        try:
+            words += _yaml_value(specs[name], value)
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {key} {error}") from None
     return words
 
 
-def parse_config(argv: Sequence[str], default_config: Path | None = None) -> TrainingConfig:
+def _yaml_value(spec: dataclasses.Field, value: Any) -> list[str]:
+    """One key and its value as command-line words."""
+    kind, is_list = _value_type(spec.name)
+    if value is None:
+        if spec.default is not None:
+            raise ValueError("has no value; in YAML a value that begins with # must stand in quotes")
+        return []
+    if isinstance(value, dict) or (isinstance(value, list) and not is_list):
+        raise ValueError(f"is {value!r}; it must be one value")
+    if isinstance(value, bool) and kind is not bool:
+        # YAML reads an unquoted no, off, yes or on as a truth value.
+        word = "no" if value is False else "yes"
+        if word not in (_choices(spec) or ()):
+            raise ValueError(f"is read as {str(value).lower()} by YAML; write the text that is meant in quotes")
+        value = word
+    return [f"--{spec.name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def parse_config(
+    argv: Sequence[str], default_config: Path | None = None, prog: str = "accelerate launch train_ddpm.py"
+) -> TrainingConfig:
     """Command-line words to a `TrainingConfig`; exits with status 2 and one line when something is wrong.
 
     Args:
         argv: the words after the program's name.
         default_config: YAML file that is used when neither data nor --config is given.
+        prog: how the program is started, for --help.
     """
-    parser = HfArgumentParser(
-        TrainingConfig,  # type: ignore[arg-type]
-        usage="accelerate launch train_ddpm.py [--config FILE] [--flag value ...]",
-        description="Train a DDPM on any pictures. Without flags: on the digits in examples/.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", default=None, help="YAML file with any of these flags as keys; flags win over it")
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser, argv = make_parser(prog), _underscored(argv)
+
+    def fail(message: object) -> NoReturn:
+        parser.exit(2, f"{prog.split()[-1]}: error: {message}\n")
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", "dataset_name", "train_data_dir"):
-        before.add_argument(f"--{name}")
-    first, _ = before.parse_known_args(argv)
-    config_file = first.config
-    if default_config and not (first.config or first.dataset_name or first.train_data_dir):
-        config_file = str(default_config)
-    known = {spec.name for spec in dataclasses.fields(TrainingConfig)}
+        first.add_argument(f"--{name}", nargs="?")
+    found, _ = first.parse_known_args(argv)
+    file = found.config
+    if default_config is not None and not (found.config or found.dataset_name or found.train_data_dir):
+        file = str(default_config)
     try:
-        words = _yaml_flags(config_file, known) if config_file else []
-        return parser.parse_args_into_dataclasses([*words, *argv])[0]
+        values = vars(parser.parse_args([*(_yaml_words(file) if file else []), *argv]))
+        del values["config"]
+        return TrainingConfig(**values)
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        fail(error)

@@ -17,8 +17,9 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, get_fsdp2_grad_scaler
 
-from custom_ddpm import training
 from custom_ddpm.config import TrainingConfig
+from custom_ddpm.training import build, loop, train
+from custom_ddpm.training.randomness import Draws
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "examples" / "digits")
@@ -40,7 +41,7 @@ TINY = {
     "ddpm_num_inference_steps": 1,
     "logging_steps": 5,
 }
-# All that chance has a part in, but the importance sampling of t.
+# Everything random, except importance sampling of t.
 RANDOM = {
     "dropout": 0.2,
     "random_flip": True,
@@ -70,21 +71,21 @@ def flags(output_dir: Path, **changes: Any) -> list[str]:
 def run(output_dir: Path, **changes: Any) -> Path:
     """Train in this process, as if it had just started."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return training.train(tiny(output_dir, **changes))
+    return train(tiny(output_dir, **changes))
 
 
 def run_killed_at(monkeypatch: Any, step: int, output_dir: Path, **changes: Any) -> None:
     """Train, and be killed in optimiser step `step`, counted from 0."""
     steps_begun = iter(range(10**6))
-    draw = training.draw
+    draw = loop.draw
 
-    def draw_or_die(seed: int, at: int, *arguments: Any) -> training.Draws:
+    def draw_or_die(seed: int, at: int, *arguments: Any) -> Draws:
         if at == step and next(steps_begun) == changes.get("gradient_accumulation_steps", 1) - 1:
             raise Killed
         return draw(seed, at, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "draw", draw_or_die)
+        patch.setattr(loop, "draw", draw_or_die)
         try:
             run(output_dir, **changes)
         except Killed:
@@ -139,7 +140,7 @@ def split(plugin_options: dict[str, Any], cache: str, output_dir: Path, changes:
     accelerate sets it up for GPUs only, torch has it for CPUs too: what accelerate does there is done here.
     """
 
-    class SplitOnCPU(training.Accelerator):
+    class SplitOnCPU(build.Accelerator):
         def __init__(self, **options: Any):
             super().__init__(**options)
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -150,7 +151,7 @@ def split(plugin_options: dict[str, Any], cache: str, output_dir: Path, changes:
             if options["mixed_precision"] == "fp16":
                 self.native_amp, self.scaler = True, get_fsdp2_grad_scaler(device="cpu")
 
-    training.Accelerator = SplitOnCPU  # type: ignore[misc]
+    build.Accelerator = SplitOnCPU  # type: ignore[misc]
     _run(cache, output_dir, changes)
 
 

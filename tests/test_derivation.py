@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from custom_ddpm import data, objective, schedules, training
+from custom_ddpm import data, objective, schedules
 from custom_ddpm.scheduler import CustomDDPMScheduler
+from custom_ddpm.training import randomness
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("derivation.md", "derivation.zh.md")
@@ -93,8 +94,10 @@ def test_a_function_that_is_slightly_wrong_is_named(
 
 
 def test_noise_that_is_not_standard_normal_is_named(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = training.draw
-    monkeypatch.setattr(training, "draw", lambda **kwargs: right(**kwargs)._replace(noise=1.05 * right(**kwargs).noise))
+    right = randomness.draw
+    monkeypatch.setattr(
+        randomness, "draw", lambda **kwargs: right(**kwargs)._replace(noise=1.05 * right(**kwargs).noise)
+    )
     formula = generator.FORMULAS["F2"]
     with pytest.raises(SystemExit, match="F2: variance"):
         generator.compare("F2", formula, generator.run(formula.snippet)[0])

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from runs import PYTHON, ROOT, flags, metrics, run, tiny
 
 from custom_ddpm import CustomDDPMPipeline
-from custom_ddpm.checkpoint import LOCK, list_checkpoints
+from custom_ddpm.training.checkpoint import LOCK, list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
 
@@ -135,8 +135,8 @@ def test_a_folder_that_holds_another_run_stays_as_it_is(tmp_path, program):
 
 def test_a_folder_where_another_run_goes_on(tmp_path, program):
     run(tmp_path, max_train_steps=4)
-    code = "import sys; from pathlib import Path; from custom_ddpm.checkpoint import claim_output_dir\n"
-    code += "with claim_output_dir(sys.argv[1], Path(sys.argv[1], 'checkpoint-4')): print(flush=True); input()"
+    code = "import sys; from pathlib import Path; from custom_ddpm.training.checkpoint import lock_output_dir\n"
+    code += "with lock_output_dir(sys.argv[1], Path(sys.argv[1], 'checkpoint-4')): print(flush=True); input()"
     with subprocess.Popen([PYTHON, "-c", code, str(tmp_path)], stdin=-1, stdout=-1) as other:
         other.stdout.readline()
         before = contents(tmp_path)

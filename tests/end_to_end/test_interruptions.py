@@ -15,8 +15,8 @@ import psutil
 import pytest
 from runs import LAUNCH, PYTHON, RANDOM, ROOT, SCRIPT, differences, flags, free_port, python_environment
 
-from custom_ddpm.checkpoint import find_checkpoint, list_checkpoints
-from custom_ddpm.journal import read_metrics
+from custom_ddpm.training.checkpoint import find_checkpoint, list_checkpoints
+from custom_ddpm.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")]
 PATIENCE = 300.0  # seconds, after which what is waited for does not come
@@ -85,7 +85,7 @@ def training_processes(output_dir):
     return [p for p in own if p.pid not in parents]
 
 
-def journal_of(output_dir):
+def metrics_of(output_dir):
     """Which file it is: a run that starts writes it anew."""
     file = output_dir / "metrics.jsonl"
     return file.stat().st_ino if file.exists() else None
@@ -108,11 +108,11 @@ def test_killed_at_twenty_random_moments(tmp_path, start):
     resumed = aimed = inside = 0
     lost, reached = [], 0
     for kill in range(KILLS):
-        before = journal_of(output_dir)
+        before = metrics_of(output_dir)
         process = start(command)
         if kill % 4:
-            # Until the steps that it comes to again are out of the journal, and what was half written is gone.
-            wait_until(lambda before=before: journal_of(output_dir) != before, process)
+            # Until the steps that it comes to again are out of the metrics, and what was half written is gone.
+            wait_until(lambda before=before: metrics_of(output_dir) != before, process)
         goal = reached + rng.randrange(1, 2 * INTERVAL)
         if kill % 2:
             # Inside the writing, if the folder is still there when the process is gone.
@@ -162,7 +162,7 @@ def test_a_signal_to_the_process(tmp_path, start, number):
     process.send_signal(number)
     said = finish(process)
     step = last_step(tmp_path / "run")
-    assert step >= 10 and f"stopped at step {step}: {number.name} came" in said
+    assert step >= 10 and f"stopped at step {step}: received {number.name}" in said
     assert "Traceback" not in said
 
 
@@ -193,7 +193,7 @@ def test_a_signal_to_torchs_launcher(tmp_path, start, monkeypatch, environment):
     process.wait(PATIENCE)
     assert process.returncode != 0
     step = last_step(tmp_path / "run")
-    assert step >= 10 and f"stopped at step {step}: SIGTERM came" in process.log.read_text()
+    assert step >= 10 and f"stopped at step {step}: received SIGTERM" in process.log.read_text()
 
 
 def test_torchs_launcher_replaces_a_lost_process_and_the_run_goes_on(tmp_path, start, monkeypatch, environment):
@@ -217,7 +217,7 @@ def test_ctrl_c_to_a_launcher_and_all_its_processes(tmp_path, start):
     process.wait(PATIENCE)
     wait_until(lambda: not training_processes(tmp_path / "run"))
     step = last_step(tmp_path / "run")
-    assert step >= 10 and f"stopped at step {step}: SIGINT came" in process.log.read_text()
+    assert step >= 10 and f"stopped at step {step}: received SIGINT" in process.log.read_text()
 
 
 @pytest.mark.parametrize("which", [0, 1])

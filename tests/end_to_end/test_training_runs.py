@@ -91,7 +91,7 @@ def test_a_compiled_run(tmp_path, together):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_trackers_are_told_what_the_journal_is_told(tmp_path, together):
+def test_trackers_log_what_metrics_jsonl_holds(tmp_path, together):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     together([PYTHON, SCRIPT, *flags(tmp_path / "run", report_to="tensorboard", save_images_steps=6)])
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "logs" / "custom_ddpm"))

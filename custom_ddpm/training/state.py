@@ -1,7 +1,7 @@
-"""What a run carries from step to step: weights, the optimiser's moments, averages, the history of the sampler of t.
+"""The training state: weights, the optimiser's moments, averages of the weights, the loss history of the sampler of t.
 
-A checkpoint holds it as whole tensors in safetensors, one file each, by the names of the weights: it does not tell on
-how many processes the run was, nor how the model lay on them.
+It is saved as full tensors in safetensors files, by the names of the weights, independently of the number of processes
+and of sharding.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .objective import ImportanceSampler
-from .posthoc_ema import PostHocEMA, save_snapshot
-from .sharding import forget_whole, join, local_part, part_of
-from .unet import CustomUNet2DModel
+from ..objective import ImportanceSampler
+from ..unet import CustomUNet2DModel
+from .ema import PostHocEMA, save_snapshot
+from .sharding import join, local_part, part_of, reshard
 
 UNET_FILE = "unet.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -26,20 +26,20 @@ EMA_FILE = "ema.safetensors"
 POSTHOC_EMA_FILE = "posthoc_ema.safetensors"
 SAMPLER_FILE = "timestep_sampler.safetensors"
 
-# By name, what this process has of a tensor; and one that lies on the processes as it does.
-Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
+# Name -> this process's shard of a tensor, and a tensor that is sharded in the same way.
+Shards = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class TrainingState:
-    """The parts of a run, all of them on this process's device. All processes call its methods together.
+    """Everything that changes from step to step, on this process's device. All processes must call its methods.
 
     Args:
-        accelerator: the run's, which has prepared `unet` and `optimizer`.
-        unet: the model, not what accelerate may have wrapped it in.
-        optimizer: torch's, of `unet.parameters()`.
-        ema: their average that is shown and saved as the pipeline, if any.
-        posthoc_ema: the two that others are made of after the run, if any.
-        sampler: of t, if it learns from the losses.
+        accelerator: the run's accelerator, which has prepared `unet` and `optimizer`.
+        unet: the model itself, not accelerate's wrapper around it.
+        optimizer: torch's optimiser of `unet.parameters()`.
+        ema: average of the weights that is sampled from and saved as the pipeline, if any.
+        posthoc_ema: averages from which others are made after the run, if any.
+        sampler: sampler of t, if it learns from the losses.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainingState:
         self.ema, self.posthoc_ema, self.sampler = ema, posthoc_ema, sampler
 
     def step_averages(self) -> None:
-        """Take the weights after an optimiser step into the averages."""
+        """Update the averages; to be called after each optimiser step."""
         weights = [local_part(w) for w in self.unet.parameters()]
         for average in (self.ema, self.posthoc_ema):
             if average is not None:
@@ -63,36 +63,37 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[CustomUNet2DModel]:
-        """The model with its averaged weights in place, ready to sample."""
+        """Context in which the model has its averaged weights and is in evaluation mode."""
         self.unet.eval()
         weights = [local_part(w) for w in self.unet.parameters()]
         if self.ema is not None:
             self.ema.store(weights)
             self.ema.copy_to(weights)
-        forget_whole(self.unet)
+        reshard(self.unet)
         try:
             yield self.unet
         finally:
             if self.ema is not None:
                 self.ema.restore(weights)
-            forget_whole(self.unet)
+            reshard(self.unet)
             self.unet.train()
 
     def whole_unet(self) -> CustomUNet2DModel | None:
-        """The model as it stands, whole and on the CPU of the main process, to be saved at once; None on others."""
+        """The full model with its present weights, on the CPU of the main process, to be saved; None on the others."""
         weights = self._gather(self._files()[UNET_FILE])
         if not self.accelerator.is_main_process:
             return None
-        with torch.device("meta"):  # builds without drawing random numbers that would be thrown away
+        with torch.device("meta"):  # builds without drawing random weights
             unet: CustomUNet2DModel = CustomUNet2DModel.from_config(self.unet.config)
         unet.load_state_dict(weights, assign=True)
         return unet
 
     def save(self, folder: Path) -> None:
-        """Write all of it into a folder.
+        """Write the state into a folder.
 
         Raises:
-            OSError, SafetensorError: on the main process, when all of it is gathered: no other is left waiting for it.
+            OSError, SafetensorError: on the main process, after everything was gathered, so that no process is left
+                waiting for it.
         """
         failure: Exception | None = None
         for file, parts in self._files().items():
@@ -108,26 +109,26 @@ class TrainingState:
             save_file(self.sampler.state_dict(), folder / SAMPLER_FILE)
 
     def metadata(self) -> dict[str, Any]:
-        """What belongs to it and is no tensor, for JSON."""
+        """The part of the state that is not tensors, as values for JSON."""
         scaler = self.accelerator.scaler
         return {"ema_step": self.ema and self.ema.optimization_step, "scaler": scaler and scaler.state_dict()}
 
     @torch.no_grad()
     def load(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Take over what `save` wrote and `metadata` told, with `step`, the number of optimiser steps done."""
+        """Restore what `save` wrote and `metadata` returned, with `step`, the optimiser steps done."""
         parameters = dict(self.unet.named_parameters())
         with safe_open(folder / OPTIMIZER_FILE, "pt") as saved:
-            for name in saved.keys():  # noqa: SIM118 - no mapping, but has keys()
+            for name in saved.keys():  # noqa: SIM118 - not a mapping
                 weight, kind = name.rsplit(".", 1)
                 parameter = parameters[weight]
-                # A moment is of the weight's shape and layout, the count of steps one number.
+                # A moment has the shape and layout of its weight, the number of steps is a scalar.
                 like = parameter if saved.get_slice(name).get_shape() else torch.zeros((), device=parameter.device)
                 self.optimizer.state[parameter][kind] = torch.zeros_like(like)
         for file, parts in self._files().items():
             with safe_open(folder / file, "pt") as saved:
                 for name, (part, like) in parts.items():
                     part.copy_(part_of(saved.get_tensor(name), like))
-        forget_whole(self.unet)
+        reshard(self.unet)
         if self.ema is not None:
             self.ema.optimization_step = metadata["ema_step"]
         if self.posthoc_ema is not None:
@@ -138,15 +139,15 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(metadata["scaler"])
 
     def save_posthoc_snapshot(self, run: Path) -> None:
-        """Store the averages that others will be made of in the folder of the run, see `posthoc_ema.py`."""
+        """Save a snapshot of the post-hoc averages in the output folder; see `ema.py`."""
         assert self.posthoc_ema is not None
         averages = self._gather(self._files()[POSTHOC_EMA_FILE])
         if self.accelerator.is_main_process:
             save_snapshot(run, self.posthoc_ema.optimization_step, averages)
 
-    def _files(self) -> dict[str, Parts]:
-        """What `save` writes, but the sampler's, which is whole everywhere."""
-        forget_whole(self.unet)
+    def _files(self) -> dict[str, Shards]:
+        """The tensors that `save` writes, by file, without those of the sampler, which is never sharded."""
+        reshard(self.unet)
         weights = dict(self.unet.named_parameters())
         moments = {f"{name}.{kind}": m for name, w in weights.items() for kind, m in self.optimizer.state[w].items()}
         files = {
@@ -164,8 +165,8 @@ class TrainingState:
             }
         return files
 
-    def _gather(self, parts: Parts) -> dict[str, torch.Tensor]:
-        """Whole tensors on the CPU of the main process, one after the other; nothing on others."""
+    def _gather(self, parts: Shards) -> dict[str, torch.Tensor]:
+        """Full tensors on the CPU of the main process, gathered one by one; an empty dict on the others."""
         gathered = {}
         for name, (part, like) in parts.items():
             tensor = join(part.detach(), like)

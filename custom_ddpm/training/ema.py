@@ -1,10 +1,10 @@
 """Averages of the weights of any length, chosen after the run (Karras et al. 2024, arXiv:2312.02696, section 3).
 
-A run that keeps two averages with power-function profiles, and stores both every so many steps, holds all others to
-good accuracy: the profile that is wanted is fitted, by least squares, as a sum of the profiles that were stored.
+A run keeps two averages with power-function profiles and saves snapshots of both at intervals. The profile of any other
+average is fitted, by least squares, as a linear combination of the saved profiles.
 
-The profile of an average that ends at step t is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) for the weights of steps τ in [0, t]
-(eq. 1 and 2); its length is told by σ_rel, the standard deviation of p as a part of t.
+The profile of an average that ends at step t is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) over τ in [0, t] (eq. 1 and 2).
+Its length is σ_rel, the standard deviation of p relative to t.
 """
 
 import re
@@ -17,9 +17,9 @@ from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-SIGMA_RELS = (0.05, 0.1)  # of the two that are kept; the paper's choice
+SIGMA_RELS = (0.05, 0.1)  # lengths of the two averages; the paper's choice
 FOLDER = "posthoc_ema"
-MAX_ERROR = 0.05  # of a fitted profile, relative to the one that is wanted; 20 snapshots make it 0.01
+MAX_ERROR = 0.05  # largest relative error of a fitted profile; with 20 snapshots it is 0.01
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -40,10 +40,10 @@ class PowerEMA(EMAModel):
 
 
 class PostHocEMA:
-    """The two averages of a run.
+    """The two averages that a run keeps.
 
     Args:
-        parameters: of the model; as they are now they do not count.
+        parameters: parameters of the model; their present values have no weight in the averages.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
@@ -52,7 +52,7 @@ class PostHocEMA:
 
     @property
     def optimization_step(self) -> int:
-        """The number of optimiser steps that are in them."""
+        """Number of optimiser steps in the averages."""
         return self.averages[SIGMA_RELS[0]].optimization_step
 
     @optimization_step.setter
@@ -61,14 +61,14 @@ class PostHocEMA:
             average.optimization_step = step
 
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Take in the parameters after an optimiser step."""
+        """Update the averages with the parameters after an optimiser step."""
         parameters = list(parameters)
         for average in self.averages.values():
             average.step(parameters)
 
 
 def save_snapshot(run: Path, step: int, averages: Mapping[str, torch.Tensor]) -> None:
-    """Store averages that end at `step`, by "<σ_rel>/<weight>", in half precision, as the paper does."""
+    """Save averages that end at `step`, named "<σ_rel>/<weight>", in half precision as in the paper."""
     file = run / FOLDER / f"step-{step:07d}.safetensors"
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".tmp")
@@ -77,21 +77,21 @@ def save_snapshot(run: Path, step: int, averages: Mapping[str, torch.Tensor]) ->
 
 
 def _products(gammas: np.ndarray, steps: np.ndarray, gamma: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """∫ p_γi,ti p_γj,tj dτ: both are powers of τ up to the smaller t; in logarithms, because of the powers' size."""
+    """∫ p_γi,ti p_γj,tj dτ. Both are powers of τ up to the smaller t; computed in logarithms to avoid overflow."""
     g, t, h, s = gammas[:, None], np.log(steps)[:, None], gamma[None, :], np.log(step)[None, :]
     log_integral = (g + h + 1) * np.minimum(t, s) - (g + 1) * t - (h + 1) * s
     return (g + 1) * (h + 1) / (g + h + 1) * np.exp(log_integral)
 
 
 def fit_profile(gammas: Sequence[float], steps: Sequence[float], gamma: float, step: float) -> tuple[np.ndarray, float]:
-    """The sum of profiles p_γi,ti that is nearest to p_γ,t in least squares (section 3.2).
+    """Fit p_γ,t by a linear combination of profiles p_γi,ti in least squares (section 3.2).
 
     Args:
-        gammas, steps: γ and end of each profile there is.
-        gamma, step: of the one that is wanted.
+        gammas, steps: γ and last step of each given profile.
+        gamma, step: γ and last step of the profile to fit.
 
     Returns:
-        The factors; and the distance to the profile, relative to its own norm.
+        The coefficients; the distance of the fit to the profile, relative to the norm of the profile.
     """
     there, wanted = (np.asarray(gammas), np.asarray(steps, float)), (np.array([gamma]), np.array([float(step)]))
     products, target = _products(*there, *there), _products(*there, *wanted)
@@ -102,21 +102,21 @@ def fit_profile(gammas: Sequence[float], steps: Sequence[float], gamma: float, s
 
 
 def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
-    """The average of relative length `sigma_rel`, from the snapshots of a run with --posthoc_ema_steps.
+    """Compute the average of relative length `sigma_rel` from the snapshots of a run with --posthoc_ema_steps.
 
-    `pipeline.unet.load_state_dict(reconstruct("my-model", 0.15))` puts it into a pipeline of the run.
+    `pipeline.unet.load_state_dict(reconstruct("my-model", 0.15))` loads it into a pipeline of the run.
 
     Args:
-        run: the run's folder.
-        sigma_rel: standard deviation of the profile as a part of the steps so far; 0.02 … 0.25 have been of use.
-        step: where the average ends; the last snapshot if None.
+        run: output folder of the run.
+        sigma_rel: standard deviation of the profile relative to the number of steps; useful values are 0.02 … 0.25.
+        step: last step of the average; that of the last snapshot if None.
 
     Returns:
         float32 weights by name.
 
     Raises:
-        FileNotFoundError: no snapshots up to there.
-        ValueError: no such profile, or none that these snapshots come near to.
+        FileNotFoundError: there are no snapshots up to `step`.
+        ValueError: `sigma_rel` is out of range, or cannot be fitted by these snapshots.
     """
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(f"sigma_rel is {sigma_rel}; it must be between 0 and {12**-0.5:.3f}, that of a plain mean")
@@ -137,7 +137,7 @@ def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> d
     weights: dict[str, torch.Tensor] = {}
     for (end, kept), factor in zip(pairs, factors.tolist(), strict=True):
         with safe_open(files[end], framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping, but has keys()
+            for key in file.keys():  # noqa: SIM118 - not a mapping
                 of, name = key.split("/", 1)
                 if of == str(kept):
                     part = factor * file.get_tensor(key).double()

@@ -19,14 +19,14 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from custom_ddpm.checkpoint import (
+from custom_ddpm.training.checkpoint import (
     LOCK,
     MANIFEST,
     METADATA,
-    claim_output_dir,
     differing_settings,
     find_checkpoint,
     list_checkpoints,
+    lock_output_dir,
     save_checkpoint,
 )
 
@@ -64,7 +64,7 @@ def assert_is_checkpoint(path, step):
 
 
 def claim(output_dir, resumed_from=None):
-    with claim_output_dir(output_dir, resumed_from):
+    with lock_output_dir(output_dir, resumed_from):
         pass
 
 
@@ -494,8 +494,8 @@ def test_a_folder_of_something_else_is_no_checkpoint(tmp_path):
 
 HOLD = """
 import os, sys, time
-from custom_ddpm.checkpoint import claim_output_dir
-with claim_output_dir(sys.argv[1]):
+from custom_ddpm.training.checkpoint import lock_output_dir
+with lock_output_dir(sys.argv[1]):
     child = os.fork()  # as workers are, which may outlive a process that is killed
     if child:
         print(child, flush=True)
@@ -620,7 +620,7 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from custom_ddpm.checkpoint import find_checkpoint, save_checkpoint
+from custom_ddpm.training.checkpoint import find_checkpoint, save_checkpoint
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

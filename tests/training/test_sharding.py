@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from custom_ddpm import state as state_module
-from custom_ddpm import training
-from custom_ddpm.checkpoint import find_checkpoint, list_checkpoints
-from custom_ddpm.sharding import check_strategy
+from custom_ddpm.training import build, loop
+from custom_ddpm.training import state as state_module
+from custom_ddpm.training.checkpoint import find_checkpoint, list_checkpoints
+from custom_ddpm.training.sharding import check_strategy
 
 pytestmark = [
     pytest.mark.usefixtures("digits_cache"),
@@ -95,7 +95,7 @@ def test_a_split_run_is_the_run(tmp_path, straight, plugin):
 
 def watched(output_dir, cache, changes):
     """Train, and tell what of the model lay on this process at the end."""
-    average, seen = training.TrainingState.step_averages, {}
+    average, seen = build.TrainingState.step_averages, {}
 
     def step_averages(self):
         average(self)
@@ -107,15 +107,15 @@ def watched(output_dir, cache, changes):
         seen["averages"] = sum(a.numel() for a in self.ema.shadow_params)
         seen["all"] = sum(w.numel() for w in weights)
 
-    backward = training.Accelerator.backward
+    backward = build.Accelerator.backward
 
     def backward_and_look(self, loss):
         backward(self, loss)
         gradients = [w.grad for model in self._models for w in model.parameters()]
         seen.setdefault("gradients", []).append({(type(g), None if g is None else g.dtype) for g in gradients})
 
-    training.Accelerator.backward = backward_and_look
-    training.TrainingState.step_averages = step_averages
+    build.Accelerator.backward = backward_and_look
+    build.TrainingState.step_averages = step_averages
     split(BLOCKS, cache, output_dir, changes)
     assert seen["split"]
     assert seen["units"] >= {"", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"}
@@ -176,14 +176,14 @@ def test_a_split_run_with(tmp_path, changes, weights, losses):
 
 def poisoned(output_dir, cache, changes):
     """Train, with a loss that is not a number on the second process in step 6."""
-    draw, loss, now = training.draw, training.diffusion_loss, []
+    draw, loss, now = loop.draw, build.diffusion_loss, []
 
     def note(seed, step, positions, *arguments):
         now[:] = [step, positions.start]
         return draw(seed, step, positions, *arguments)
 
-    training.draw = note
-    training.diffusion_loss = lambda *a, **k: loss(*a, **k) * (float("nan") if now == [6, 4] else 1.0)
+    loop.draw = note
+    build.diffusion_loss = lambda *a, **k: loss(*a, **k) * (float("nan") if now == [6, 4] else 1.0)
     split(BLOCKS, cache, output_dir, changes)
 
 

@@ -1,4 +1,4 @@
-"""custom_ddpm/posthoc_ema.py: profiles by quadrature and by brute force, and averages that nobody kept."""
+"""custom_ddpm/training/ema.py: profiles by quadrature and by brute force, and averages that nobody kept."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from runs import RANDOM, differences, run, run_killed_at
 from safetensors.torch import load_file
 
 from custom_ddpm import CustomDDPMPipeline
-from custom_ddpm.posthoc_ema import (
+from custom_ddpm.training.ema import (
     FOLDER,
     SIGMA_RELS,
     PostHocEMA,

@@ -1,7 +1,8 @@
-"""What a run says of itself: progress bar, `metrics.jsonl`, trackers, and the curves as pictures."""
+"""Metrics and progress of a run: progress bar, `metrics.jsonl`, trackers, and the loss curves as pictures."""
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,51 @@ from tqdm.auto import tqdm
 logger = get_logger(__name__, log_level="INFO")
 
 METRICS = "metrics.jsonl"
-LEVELS = 10  # parts of 0 … T that the loss is told apart by
+LEVELS = 10  # equal parts of 0 … T that the loss is averaged over separately
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, in order, but one that is not whole; none if there is no such file."""
+    """The complete lines of a run's `metrics.jsonl`, in order; empty if there is no such file."""
     file = Path(output_dir, METRICS)
     if not file.is_file():
         return []
-    # A line is whole once its end is there: what a full disk or a killed run cut short has none.
+    # A line that a full disk or a killed process cut short has no line end.
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-class Journal:
-    """Collects losses on the device and tells them every so many steps: nothing waits for the device in between.
+class TimedBatches:
+    """An iterator over the batches of another, with the time that was spent waiting for them.
 
     Args:
-        accelerator: the run's.
+        batches: the iterator.
+    """
+
+    def __init__(self, batches: Iterator[Any]):
+        self._batches, self._waited = batches, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def seconds_waited(self) -> float:
+        """Seconds since the last call of this method."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+
+class MetricsLogger:
+    """Accumulates losses on the device and logs their means at intervals; nothing waits for the device in between.
+
+    Args:
+        accelerator: the run's accelerator.
         output_dir: folder of `metrics.jsonl` and of the pictures.
         num_train_timesteps: T.
-        start_step: optimiser steps done before; later lines of the file, which a resumed run comes to again, go.
+        start_step: optimiser steps done before. Lines of later steps are deleted: a resumed run writes them again.
         max_train_steps: optimiser steps of the whole run.
         images_per_step: pictures in an optimiser step.
     """
@@ -52,9 +78,9 @@ class Journal:
     ):
         self.accelerator, self.output_dir = accelerator, output_dir
         self.num_train_timesteps, self.images_per_step = num_train_timesteps, images_per_step
-        # Rows: sum of losses and number of samples by noise level; last, in one column each, the steps' own sums.
+        # Rows: sum of losses, number of samples; columns: noise levels.
         self._levels = torch.zeros(2, LEVELS, device=accelerator.device)
-        self._steps = torch.zeros(2, device=accelerator.device)
+        self._steps = torch.zeros(2, device=accelerator.device)  # sum of gradient norms, number of skipped steps
         self._logged_step, self._logged_time, self._waited = start_step, time.perf_counter(), 0.0
         self.bar = tqdm(
             total=max_train_steps,
@@ -70,7 +96,7 @@ class Journal:
             new.replace(output_dir / METRICS)
 
     def add_losses(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
-        """Count losses (B,) of timesteps (B,); those that are not finite are in no mean."""
+        """Add losses (B,) at timesteps (B,) to the means; those that are not finite are left out."""
         level = timesteps * LEVELS // self.num_train_timesteps
         losses = losses.detach().float()
         finite = torch.isfinite(losses)
@@ -78,16 +104,20 @@ class Journal:
         self._levels[1].index_add_(0, level, finite.float())
 
     def add_step(self, grad_norm: torch.Tensor, skipped: torch.Tensor, waited: float) -> None:
-        """Count an optimiser step: its gradient norm, whether it was skipped (0 or 1), seconds waited for data."""
+        """Add an optimiser step: its gradient norm, whether it was skipped (0 or 1), seconds waited for data."""
         self._steps += torch.stack([torch.where(skipped > 0, 0.0, grad_norm.float()), skipped.float()])
         self._waited += waited
         self.bar.update()
 
     def log(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """Tell the means since the last call, over all processes; waits for the device.
+        """Log the means since the last call, over all processes; waits for the device.
+
+        Args:
+            step: optimiser steps done.
+            learning_rate: of the next step.
 
         Returns:
-            The line of `metrics.jsonl`.
+            The line that was written to `metrics.jsonl`.
         """
         sums, counts = self.accelerator.reduce(self._levels, "sum").tolist()
         norms, skipped = self._steps.tolist()
@@ -119,11 +149,11 @@ class Journal:
         return line
 
     def restart_clock(self, step: int) -> None:
-        """Leave what was done since the last step (a checkpoint, a grid) out of the throughput."""
+        """Exclude what was done since the last step (a checkpoint, a sample grid) from the throughput."""
         self._logged_step, self._logged_time, self._waited = step, time.perf_counter(), 0.0
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line to `metrics.jsonl` and pass its numbers on to the trackers."""
+        """Append a line to `metrics.jsonl` and log its numbers to the trackers."""
         if self.accelerator.is_main_process:
             with (self.output_dir / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -138,11 +168,12 @@ class Journal:
             draw_loss_by_timestep(lines, self.output_dir / "loss_by_timestep.png")
 
     def close(self) -> None:
+        """Remove the progress bar."""
         self.bar.close()
 
 
 def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
-    """The training loss by step, smoothed over a twentieth of the run, and the validation loss where there is one."""
+    """Plot the training loss by step, smoothed over a twentieth of the run, and the validation loss if there is one."""
     training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if not training:
         return
@@ -163,7 +194,7 @@ def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
 
 
 def draw_loss_by_timestep(lines: list[dict[str, Any]], file: Path) -> None:
-    """The loss at each tenth of 0 … T, at the start of the run, in its middle and at its end."""
+    """Plot the loss at each tenth of 0 … T, for the first, second and last third of the run."""
     lines = [line for line in lines if "loss_by_timestep" in line]
     if not lines:
         return
@@ -183,7 +214,7 @@ def draw_loss_by_timestep(lines: list[dict[str, Any]], file: Path) -> None:
 def _save(figure: matplotlib.figure.Figure, axes: Axes, file: Path) -> None:
     low, high = axes.dataLim.intervaly
     if 0 < 5 * low < high:
-        # Early steps, or small t, lie far above the rest: a logarithm shows both.
+        # Early steps, or small t, lie far above the rest: a logarithmic axis shows both.
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

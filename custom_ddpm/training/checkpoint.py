@@ -1,15 +1,15 @@
-"""Checkpoints that are complete or absent, checked when they are read, and never all deleted.
+"""Checkpoints: written atomically, verified by checksums when read, and deleted only after a newer one is saved.
 
-The folder of a run holds its checkpoints under the names that diffusers' training scripts give them:
+The output folder holds checkpoints under the names that diffusers' training scripts use:
 
     checkpoint-<step>/
-        metadata.json      what the caller asks before it loads anything: `step`, settings, ...
+        metadata.json      what is needed before anything is loaded: `step`, settings, ...
         ...                what the caller wrote: weights, optimizer state, ...
         manifest.json      the SHA-256 of each of the other files
 
-A checkpoint is written under the name `.checkpoint-<step>.tmp`, flushed to the disk, and only then given its name.
-It is deleted the other way round: first it loses its name. So a process that is killed, at whatever moment, leaves
-nothing half done under the name of a checkpoint, and `claim_output_dir` clears up the rest when the next run starts.
+A checkpoint is written under the name `.checkpoint-<step>.tmp`, flushed to the disk, and then renamed. It is deleted in
+the reverse order: renamed, then removed. So a process that is killed at any moment never leaves an incomplete
+checkpoint under its final name; `lock_output_dir` removes the temporary folders when the next run starts.
 """
 
 import errno
@@ -27,6 +27,8 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..messages import one_line
+
 if os.name == "posix":
     import fcntl
 
@@ -38,27 +40,26 @@ LOCK = ".lock"
 
 
 @contextmanager
-def claim_output_dir(output_dir: str | Path, resumed_from: Path | None = None) -> Iterator[None]:
-    """Have the folder of a run for oneself, ready, and with no other run's checkpoints in the way.
+def lock_output_dir(output_dir: str | Path, resumed_from: Path | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on the output folder of a run, and prepare the folder.
 
-    To be entered by one process, before the first step. Creates the folder, and deletes what a killed run left half
-    written. In a folder that is resumed from, checkpoints after `resumed_from` are deleted if they are damaged: the run
-    comes to their steps again.
+    To be entered by one process, before the first step. Creates the folder and deletes incomplete checkpoints of a run
+    that was killed. Damaged checkpoints of steps after `resumed_from` are deleted: the run saves these steps again.
 
     Args:
         output_dir: the folder that `save_checkpoint` will be given.
-        resumed_from: the checkpoint that the run goes on from, as `find_checkpoint` returned it; `None` for a new run.
+        resumed_from: the checkpoint that the run resumes from, as `find_checkpoint` returned it; `None` for a new run.
 
     Raises:
-        OSError: if the folder cannot be made, or written to.
-        BlockingIOError: if another process has it.
-        FileExistsError: if it holds a checkpoint that the run does not go on from: any, for a run that is new or
-            resumed from elsewhere; a complete one of a later step, otherwise.
+        OSError: the folder cannot be created or written to.
+        BlockingIOError: another process holds the lock.
+        FileExistsError: the folder holds a checkpoint that the run does not resume from: any, for a run that is new or
+            resumes from another folder; a complete one of a later step, otherwise.
     """
     output_dir = Path(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        # Stays there, empty: to delete what others may have opened would let two of them have the folder.
+        # Never deleted: another process may have opened the file, and would then lock one that is no longer there.
         lock = (output_dir / LOCK).open("a")
     except OSError as error:
         raise OSError(f"cannot write to the output folder {output_dir}: {error.strerror}") from error
@@ -69,7 +70,7 @@ def claim_output_dir(output_dir: str | Path, resumed_from: Path | None = None) -
 
 
 def _lock(file: TextIO, output_dir: Path) -> None:
-    """Ends with the process, however it ends, and is not handed down to its children: those may outlive it."""
+    """Lock a file until this process ends. Child processes, which may outlive it, do not inherit the lock."""
     if os.name != "posix":
         return
     try:
@@ -79,10 +80,13 @@ def _lock(file: TextIO, output_dir: Path) -> None:
             raise BlockingIOError(
                 f"another run is going on in {output_dir}: end it, or choose another folder"
             ) from error
-        logger.warning(f"{output_dir} is on a disk without locks ({error.strerror}): see that no other run uses it")
+        logger.warning(
+            f"{output_dir} is on a file system without locks ({error.strerror}): make sure that no other run uses it"
+        )
 
 
 def _clear(output_dir: Path, resumed_from: Path | None) -> None:
+    """Delete incomplete checkpoints, and damaged ones of steps that will be saved again; refuse other checkpoints."""
     checkpoints = list_checkpoints(output_dir)
     resumed_step = None
     if resumed_from is not None:
@@ -112,87 +116,96 @@ def save_checkpoint(
     total_limit: int | None = None,
     keep: Collection[int] = (),
 ) -> Path:
-    """Save a checkpoint, whole or not at all, then delete old ones beyond `total_limit`.
+    """Save a checkpoint atomically, then delete old ones beyond `total_limit`.
 
-    To be called by all processes, which must see the same `output_dir`. If the run has saved this step already, that
-    checkpoint stays as it is.
+    Must be called by all processes, which must see the same `output_dir`. A checkpoint of this step that exists already
+    is left as it is.
 
     Args:
-        output_dir: the folder of the run, see `claim_output_dir`.
-        step: the number of optimizer steps done.
-        write: writes the files into the folder it is given; called on every process, as what is to be written may lie
-            on all of them. What only one process should write is its own affair.
-        metadata: goes into `metadata.json` with `step`; anything that JSON can hold.
-        accelerator: the run's.
-        total_limit: how many checkpoints may lie in the folder, `None` for any number. The oldest go first; never the
-            one just saved, nor those in `keep`, though there be more of them.
-        keep: steps whose checkpoints are not to be deleted, say the best so far.
+        output_dir: output folder of the run, see `lock_output_dir`.
+        step: number of optimizer steps done.
+        write: writes the files into the folder that it is given. It is called on every process, since the state may be
+            sharded; it decides itself which process writes what.
+        metadata: written to `metadata.json` together with `step`; values that JSON can hold.
+        accelerator: the run's accelerator.
+        total_limit: number of checkpoints that are kept, `None` for all. The oldest are deleted first, but never the
+            one just saved nor those in `keep`, even if there are more of these.
+        keep: steps whose checkpoints are not deleted, such as the best one.
 
     Returns:
-        The checkpoint's folder.
+        The folder of the checkpoint.
 
     Raises:
-        OSError: on all processes, if anything failed on one of them; earlier checkpoints are as they were.
+        OSError: on all processes, if anything failed on one of them; earlier checkpoints are unchanged.
     """
     output_dir = Path(output_dir)
     path = output_dir / f"checkpoint-{step}"
     partial = _temporary(path)
-
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def see() -> None:
-        if not partial.is_dir():
-            raise NotADirectoryError(f"{output_dir} is not the same folder for all processes")
-
-    def fill() -> None:
-        write(partial)
-
-    def complete() -> None:
-        (partial / METADATA).write_text(json.dumps({**metadata, "step": step}, indent=2), encoding="utf-8")
-        files = sorted(file for file in partial.rglob("*") if file.is_file())
-        digests = {file.relative_to(partial).as_posix(): _sha256(file) for file in files}
-        (partial / MANIFEST).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-        for entry in [*partial.rglob("*"), partial]:
-            _flush(entry)
-        partial.rename(path)
-        _flush(output_dir)
-
     if broadcast_object_list([path.exists()])[0]:
         return path
-    for action in [prepare, see, fill, complete]:
-        error = None
-        try:
-            if action in (see, fill) or accelerator.is_main_process:
-                action()
-        except Exception as caught:  # whatever it is, the other processes must hear of it, or they wait for ever
-            error = caught
-        failures = [text for text in gather_object([error and _cause(error, output_dir)]) if text]
-        if failures:
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"could not save {path.name} in {output_dir}: {failures[0]}") from error
+    _together(lambda: _new_folder(partial), path, accelerator, main_process_only=True)
+    _together(lambda: _require_folder(partial), path, accelerator)
+    _together(lambda: write(partial), path, accelerator)
+    _together(lambda: _complete(partial, path, {**metadata, "step": step}), path, accelerator, main_process_only=True)
     if accelerator.is_main_process and total_limit is not None:
         _prune(output_dir, step, total_limit, keep)
     return path
 
 
+def _together(
+    action: Callable[[], None], path: Path, accelerator: Accelerator, main_process_only: bool = False
+) -> None:
+    """Do one part of the saving of `path`; if it fails on one process, raise on all and remove what was written."""
+    error = None
+    try:
+        if accelerator.is_main_process or not main_process_only:
+            action()
+    except Exception as caught:  # of whatever kind: the other processes would wait for ever if they were not told
+        error = caught
+    failures = [text for text in gather_object([error and _cause(error, path.parent)]) if text]
+    if failures:
+        if accelerator.is_main_process:
+            shutil.rmtree(_temporary(path), ignore_errors=True)
+        raise OSError(f"could not save {path.name} in {path.parent}: {failures[0]}") from error
+
+
+def _new_folder(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _require_folder(partial: Path) -> None:
+    if not partial.is_dir():
+        raise NotADirectoryError(f"{partial.parent} is not the same folder for all processes")
+
+
+def _complete(partial: Path, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Add metadata and checksums, flush everything to the disk, and give the checkpoint its name."""
+    (partial / METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    files = sorted(file for file in partial.rglob("*") if file.is_file())
+    digests = {file.relative_to(partial).as_posix(): _sha256(file) for file in files}
+    (partial / MANIFEST).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+    for entry in [*partial.rglob("*"), partial]:
+        _flush(entry)
+    partial.rename(path)
+    _flush(path.parent)
+
+
 def find_checkpoint(output_dir: str | Path, which: str | Path = "latest") -> tuple[Path, dict[str, Any]] | None:
-    """Find a checkpoint and check that each of its files is what was saved.
+    """Find a checkpoint and verify the checksums of its files.
 
     Args:
-        output_dir: the folder of the run.
-        which: `"latest"`, the name of a checkpoint in `output_dir`, or the path of one. For the latest, damaged ones
-            are passed over with a warning that names them.
+        output_dir: output folder of the run.
+        which: `"latest"`, the name of a checkpoint in `output_dir`, or the path of one. For `"latest"`, damaged
+            checkpoints are skipped with a warning that names them.
 
     Returns:
-        The checkpoint's folder and its metadata, which holds `step`; `None` if the latest is asked for and there are no
+        The folder of the checkpoint and its metadata, which includes `step`; `None` for `"latest"` if there are no
         checkpoints.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint of that name.
-        ValueError: if it is damaged; for the latest, if all are.
+        FileNotFoundError: there is no checkpoint of that name.
+        ValueError: the checkpoint is damaged; for `"latest"`, all are.
     """
     if which == "latest":
         paths = list(list_checkpoints(output_dir).values())
@@ -216,25 +229,25 @@ def find_checkpoint(output_dir: str | Path, which: str | Path = "latest") -> tup
 
 
 def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The checkpoints in a folder by their steps, ascending, damaged or not; none if there is no such folder."""
+    """The checkpoints in a folder, damaged or not, by ascending step; empty if there is no such folder."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     return dict(sorted((int(name[1]), path) for name, path in named if name and path.is_dir()))
 
 
 def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any], must_match: Iterable[str]) -> list[str]:
-    """Say which settings of a run are not those of the checkpoint that it is to go on from.
+    """Compare the settings of a run with those of the checkpoint that it resumes from.
 
     Args:
-        saved: the settings in the checkpoint's metadata; one that is missing counts as `None`.
-        current: the settings of the run, as values that JSON can hold.
-        must_match: the names to compare.
+        saved: settings in the metadata of the checkpoint; a missing one counts as `None`.
+        current: settings of the run, as values that JSON can hold.
+        must_match: names of the settings to compare.
 
     Returns:
         A line `"<name>: saved <value>, now <value>"` for each that differs, in the order of `must_match`.
     """
     lines = []
     for name in must_match:
-        # Through JSON, as the saved value went: there a tuple is a list.
+        # Through JSON like the saved value, which turns a tuple into a list.
         value = json.loads(json.dumps(current.get(name)))
         if saved.get(name) != value:
             lines.append(f"{name}: saved {saved.get(name)!r}, now {value!r}")
@@ -253,11 +266,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint, or `None`."""
+    """What is wrong with a checkpoint, or `None`."""
     try:
         manifest = _read_json(path / MANIFEST)
     except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read: {_one_line(error)}"
+        return f"{MANIFEST} cannot be read: {_named(error)}"
     if METADATA not in manifest:
         return f"{MANIFEST} does not list {METADATA}"
     for name, digest in manifest.items():
@@ -275,8 +288,8 @@ def _prune(output_dir: Path, step: int, total_limit: int, keep: Collection[int])
     for path in removable[: max(0, len(checkpoints) - total_limit)]:
         try:
             _delete(path)
-        except OSError as error:  # no reason to end a run whose checkpoint is safe
-            logger.warning(f"Could not delete {path}: {_one_line(error)}")
+        except OSError as error:  # the new checkpoint is safe, so the run goes on
+            logger.warning(f"Could not delete {path}: {_named(error)}")
 
 
 def _delete(path: Path) -> None:
@@ -303,10 +316,11 @@ def _flush(path: Path) -> None:
 
 
 def _cause(error: Exception, folder: Path) -> str:
-    # Not all that write files say that the disk is full.
+    """An error in one line, with the remark that the disk is full where it is."""
+    # Not every library that writes files reports a full disk as such.
     full = folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
-    return ("the disk is full, " if full else "") + _one_line(error)
+    return ("the disk is full, " if full else "") + _named(error)
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -1,4 +1,4 @@
-"""custom_ddpm/training.py: chance, Algorithm 1 against a plain loop, resume to the bit, guard rails."""
+"""custom_ddpm/training/run.py: chance, Algorithm 1 against a plain loop, resume to the bit, guard rails."""
 
 import itertools
 import json
@@ -28,12 +28,15 @@ from runs import (
     tiny,
 )
 
-from custom_ddpm import CustomDDPMPipeline, training
-from custom_ddpm.checkpoint import find_checkpoint, list_checkpoints
+from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.config import parse_config
 from custom_ddpm.data import open_images, sample_order
 from custom_ddpm.hub import verify_repository
-from custom_ddpm.training import build_scheduler, build_unet, draw
+from custom_ddpm.training import build, loop, preview
+from custom_ddpm.training import run as run_module
+from custom_ddpm.training.build import build_scheduler, build_unet
+from custom_ddpm.training.checkpoint import find_checkpoint, list_checkpoints
+from custom_ddpm.training.randomness import draw
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("digits_cache")
@@ -191,7 +194,7 @@ def test_a_run_leaves_nothing_that_could_run_code(tmp_path):
 def test_importance_weights_keep_the_gradient_right(tmp_path, monkeypatch):
     """With p_t not uniform, the weighted loss is that of the sampler's own weights, and the told loss is unweighted."""
     seen = []
-    sample = training.ImportanceSampler.sample
+    sample = build.ImportanceSampler.sample
 
     def skewed(self, uniforms):
         self.counts.fill_(10)
@@ -200,16 +203,16 @@ def test_importance_weights_keep_the_gradient_right(tmp_path, monkeypatch):
         seen.append((timesteps, weights))
         return timesteps, weights
 
-    monkeypatch.setattr(training.ImportanceSampler, "sample", skewed)
+    monkeypatch.setattr(build.ImportanceSampler, "sample", skewed)
     backward = []
-    original = training.Accelerator.backward
+    original = build.Accelerator.backward
     monkeypatch.setattr(
-        training.Accelerator, "backward", lambda self, loss: (backward.append(loss.item()), original(self, loss))
+        build.Accelerator, "backward", lambda self, loss: (backward.append(loss.item()), original(self, loss))
     )
     told = []
-    add = training.Journal.add_losses
+    add = build.MetricsLogger.add_losses
     monkeypatch.setattr(
-        training.Journal, "add_losses", lambda self, losses, t: (told.append(losses.detach()), add(self, losses, t))
+        build.MetricsLogger, "add_losses", lambda self, losses, t: (told.append(losses.detach()), add(self, losses, t))
     )
     run(tmp_path / "run", timestep_sampling="importance", loss_type="vlb", max_train_steps=3)
     p = np.arange(1, 21) / 210 * 0.999 + 0.001 / 20
@@ -264,14 +267,14 @@ def test_the_bits_are_those_of_this_seed_and_of_no_other(tmp_path):
 
 def test_pictures_go_on_where_they_stopped_without_replay(tmp_path, monkeypatch):
     served = []
-    read = training.ImageData.batches
+    read = build.ImageData.batches
 
     def recording(self, positions, **options):
         for images, labels in read(self, positions, **options):
             served.append(images)
             yield images, labels
 
-    monkeypatch.setattr(training.ImageData, "batches", recording)
+    monkeypatch.setattr(build.ImageData, "batches", recording)
     # 24 batches of 200 pictures: past two epochs of 1,797.
     options = {"train_batch_size": 200, "gradient_accumulation_steps": 2}
     run(tmp_path / "straight", **options)
@@ -346,7 +349,7 @@ def test_another_accumulation_on_resume_steps_where_it_should(tmp_path, monkeypa
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(len(batches)), step(self, *a))[1])
     batches = []
-    monkeypatch.setattr(training, "normalise", lambda x, f=training.normalise: (batches.append(x), f(x))[1])
+    monkeypatch.setattr(loop, "normalise", lambda x, f=loop.normalise: (batches.append(x), f(x))[1])
     run(tmp_path, max_train_steps=8, gradient_accumulation_steps=after, resume_from_checkpoint="latest")
     assert steps == [after, 2 * after, 3 * after]
     assert f"global_batch: saved {4 * before}, now {4 * after}" in caplog.text
@@ -437,7 +440,7 @@ def test_two_processes_resume_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, monkeypatch, caplog, number):
-    draw = training.draw
+    draw = loop.draw
 
     def draw_and_signal(seed, step, positions, *arguments):
         if step == 6 and positions.start == 0:
@@ -446,11 +449,11 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, monkeypatch, caplog, 
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "draw", draw_and_signal)
+        patch.setattr(loop, "draw", draw_and_signal)
         run(tmp_path / "stopped", **RANDOM)
     assert signal.getsignal(number) == before
     assert list(list_checkpoints(tmp_path / "stopped")) == [4, 7]
-    assert f"stopped at step 7: {number.name} came. Go on with --resume_from_checkpoint latest" in caplog.text
+    assert f"stopped at step 7: received {number.name}. Go on with --resume_from_checkpoint latest" in caplog.text
     assert not (tmp_path / "stopped" / "model_index.json").exists()
     run(tmp_path / "stopped", **RANDOM, resume_from_checkpoint="latest")
     run(tmp_path / "straight", **RANDOM)
@@ -460,7 +463,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, monkeypatch, caplog, 
 def test_the_echo_of_a_launcher_does_not_end_the_process_before_it_has_saved(tmp_path, monkeypatch):
     """Ctrl-C comes to all processes, and torch's launcher sends it on to those that have it already."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    draw = training.draw
+    draw = loop.draw
 
     def draw_and_signal(seed, step, *arguments):
         if step == 6:
@@ -468,7 +471,7 @@ def test_the_echo_of_a_launcher_does_not_end_the_process_before_it_has_saved(tmp
             os.kill(os.getpid(), signal.SIGINT)
         return draw(seed, step, *arguments)
 
-    monkeypatch.setattr(training, "draw", draw_and_signal)
+    monkeypatch.setattr(loop, "draw", draw_and_signal)
     run(tmp_path)
     assert max(list_checkpoints(tmp_path)) == 7
 
@@ -514,7 +517,7 @@ def poison(monkeypatch):
     """Makes the loss of the first picture of chosen steps not finite."""
 
     def poison(steps, value=float("nan")):
-        now, draw, loss = [0], training.draw, training.diffusion_loss
+        now, draw, loss = [0], loop.draw, build.diffusion_loss
 
         def note_step(seed, step, *arguments):
             now[0] = step
@@ -526,8 +529,8 @@ def poison(monkeypatch):
                 losses = losses * torch.tensor([value] + [1.0] * (len(losses) - 1))
             return losses
 
-        monkeypatch.setattr(training, "draw", note_step)
-        monkeypatch.setattr(training, "diffusion_loss", poisoned)
+        monkeypatch.setattr(loop, "draw", note_step)
+        monkeypatch.setattr(build, "diffusion_loss", poisoned)
 
     return poison
 
@@ -556,7 +559,7 @@ def test_fp16_skips_and_goes_on(tmp_path, poison, fp16_on_cpu):
 
 
 def test_a_run_without_future_ends_and_names_the_last_good_checkpoint(tmp_path, poison, monkeypatch):
-    monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", 5)
+    monkeypatch.setattr(run_module, "MAX_SKIPPED_STEPS", 5)
     poison(set(range(6, 100)))
     with pytest.raises(FloatingPointError, match=r"up to step 12; the last good checkpoint is .*checkpoint-8; lower"):
         run(tmp_path, max_train_steps=100, logging_steps=12)
@@ -564,7 +567,7 @@ def test_a_run_without_future_ends_and_names_the_last_good_checkpoint(tmp_path, 
 
 
 def test_now_and_then_is_not_in_a_row(tmp_path, poison, monkeypatch):
-    monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", 3)
+    monkeypatch.setattr(run_module, "MAX_SKIPPED_STEPS", 3)
     poison({0, 1, 3, 4, 6, 7})
     run(tmp_path, logging_steps=1)
     assert sum(line["skipped_steps"] for line in metrics(tmp_path)) == 6
@@ -574,7 +577,7 @@ def test_out_of_memory_names_what_lowers_it(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(training, "diffusion_loss", full)
+    monkeypatch.setattr(build, "diffusion_loss", full)
     with pytest.raises(MemoryError) as caught:
         run(tmp_path)
     for part in ("--train_batch_size 4 at 8x8", "--gradient_accumulation_steps", "--gradient_checkpointing", "bf16"):
@@ -618,13 +621,13 @@ def test_two_runs_are_validated_alike_and_it_leaves_no_trace(tmp_path):
 
 def test_the_limit_of_checkpoints_leaves_the_best_and_the_last(tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 0.5, 5.0, 4.0, 4.0])  # of steps 2, 4, 6, 8, 9; 10, 12. Step 8 has no checkpoint
-    monkeypatch.setattr(training, "validation_loss", lambda *arguments: next(losses))
+    monkeypatch.setattr(preview, "validation_loss", lambda *arguments: next(losses))
     held_out = {"split": "train[:90%]", "validation_split": "train[90%:]", "save_images_steps": 2}
-    monkeypatch.setattr(training, "sample_images", lambda *a, **k: torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(preview, "sample_images", lambda *a, **k: torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     left = []
-    save = training.save_checkpoint
+    save = run_module.save_checkpoint
     monkeypatch.setattr(
-        training, "save_checkpoint", lambda *a, **k: (save(*a, **k), left.append(list(list_checkpoints(tmp_path))))
+        run_module, "save_checkpoint", lambda *a, **k: (save(*a, **k), left.append(list(list_checkpoints(tmp_path))))
     )
     run(tmp_path, **held_out, checkpointing_steps=3, checkpoints_total_limit=1, max_train_steps=9)
     assert left == [[3], [6], [6, 9]]
@@ -683,7 +686,7 @@ def test_the_recipe_of_the_paper_is_that_of_the_paper():
     scheduler = build_scheduler(config)
     assert (scheduler.betas[0].item(), scheduler.betas[-1].item(), len(scheduler)) == pytest.approx((1e-4, 0.02, 1000))
     parameter = torch.nn.Parameter(torch.zeros(()))
-    ema = training.build_ema(config, [parameter])
+    ema = build.build_ema(config, [parameter])
     decays = [ema.get_decay(step) for step in (2, 3, 1000, 800_000)]
     assert decays == [0.9999] * 4
 
@@ -757,12 +760,12 @@ def test_what_saves_memory_or_time_changes_no_number_beyond_rounding(tmp_path, c
 def fp16_on_cpu(monkeypatch):
     """accelerate leaves fp16 out on a CPU, where torch has it: what it sets up on a GPU, set up here."""
 
-    class WithScaler(training.Accelerator):
+    class WithScaler(build.Accelerator):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu")
 
-    monkeypatch.setattr(training, "Accelerator", WithScaler)
+    monkeypatch.setattr(build, "Accelerator", WithScaler)
 
 
 def trains_like_single_precision(tmp_path, precision):
@@ -807,7 +810,7 @@ def test_a_compiled_run_goes_on_uncompiled_and_the_other_way(tmp_path, monkeypat
     """Compiled by dynamo alone: what its backend makes of the graph is not the question here."""
     compiled = []
     monkeypatch.setattr(
-        training.CustomUNet2DModel,
+        build.CustomUNet2DModel,
         "compile",
         lambda self, **options: (
             compiled.append(self),

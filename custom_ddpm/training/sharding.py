@@ -1,7 +1,7 @@
-"""A model whose weights lie in parts on the processes (FSDP2), and the whole of it.
+"""Models sharded over processes (FSDP2): local shards, full tensors, and the configurations that are supported.
 
-The rest of the program knows of this only here. A tensor that lies in parts is torch's `DTensor`; where a model is
-whole on every process, what these functions are given is what they return.
+Only this module knows about sharding. A sharded tensor is a `torch.distributed.tensor.DTensor`; for a model that is not
+sharded these functions return their argument.
 """
 
 import os
@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def check_strategy(accelerator: Accelerator) -> None:
-    """See that accelerate is set up to split the model in a way that this program knows, or not at all.
+    """Check that accelerate is configured for data parallelism or for a supported kind of FSDP.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is configured for something else.
     """
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -52,17 +52,17 @@ def check_strategy(accelerator: Accelerator) -> None:
 
 
 def local_part(tensor: torch.Tensor) -> Any:
-    """What of a tensor lies on this process; it shares the memory. Not to be kept: the parts of weights may move."""
+    """This process's shard of a tensor; shares its memory. Do not keep it: FSDP may move the shards of weights."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, put together if it lies in parts. To be called by all processes."""
+    """The full tensor, gathered if it is sharded. Must be called by all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def join(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor of which this process has `part`, as it has of `like`. To be called by all processes."""
+    """The full tensor whose local shard is `part`, sharded like `like`. Must be called by all processes."""
     if not isinstance(like, DTensor):
         return part
     mesh, placements = like.device_mesh, like.placements
@@ -70,18 +70,18 @@ def join(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What this process shall have of a whole tensor, as it has of `like`. To be called by all processes."""
+    """This process's shard of a full tensor, sharded like `like`. Must be called by all processes."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements).to_local()
 
 
-def forget_whole(model: Any) -> None:
-    """Have the model be its parts again, and be put together anew when it is next called.
+def reshard(model: Any) -> None:
+    """Reshard an FSDP model, so that its weights are gathered anew at the next call.
 
-    After a call that no backward pass follows some of its weights stay whole, in the precision of the call, and are
-    what `parameters()` gives. To be called before those are read, and after the parts were written to.
+    After a forward pass without a backward pass some weights stay gathered, in the precision of the forward pass, and
+    `parameters()` returns those. Call this before reading the weights, and after writing to their shards.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,17 +1,18 @@
-"""How the processes of a run start, and how they end: all together, and with one line when something is wrong.
+"""Starting the processes of a run, and ending them together, with one line of text when there is an error.
 
-`accelerate launch --cpu --num_processes N` starts one process only, whatever N is, unless it is given an MPI host file:
-training would go on with another global batch than was asked for. Here that one process starts the others, by
-torch's own launcher.
+`accelerate launch --cpu --num_processes N` starts only one process, whatever N is, unless it is given an MPI host file:
+the global batch would silently be another one. Here that process starts the others, with torch's launcher.
 """
 
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch.distributed.run
@@ -20,17 +21,19 @@ from accelerate.utils import str_to_bool
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# Seconds that a process leaves to the one whose error is the cause of its own; the launcher ends it meanwhile.
-FIRST_TO_SPEAK = 3.0
+from ..messages import one_line
+
+# Seconds that a process waits before it reports an error, for another process whose error may be the cause.
+REPORT_DELAY = 3.0
 
 
 def start_all_cpu_processes() -> None:
-    """Be torch's launcher, and exit, if `accelerate launch` was asked for more CPU processes than this one.
+    """If `accelerate launch` was asked for several CPU processes, start them with torch's launcher, wait, and exit.
 
     Raises:
-        ValueError: several processes were asked for, in a way that does not tell how many.
+        ValueError: several processes were asked for, but their number is not known.
     """
-    # MASTER_ADDR without WORLD_SIZE is how accelerate marks the case: a launcher of several sets both.
+    # Only in this case does accelerate set MASTER_ADDR without WORLD_SIZE.
     several = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if not several or not str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
         return
@@ -53,18 +56,36 @@ def start_all_cpu_processes() -> None:
     command += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
-        torch.distributed.run.main([*command, *sys.argv])
+        torch.distributed.run.main([*command, *_program()])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        # A process that could has said itself what was wrong.
+        # A process that ended by itself has already reported its error.
         sys.exit(f"process {rank} was ended by {failure.signal_name()}" if failure.exitcode < 0 else failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)
     sys.exit()
 
 
+def _program() -> list[str]:
+    """This program and its arguments, as torch's launcher takes them."""
+    spec = sys.modules["__main__"].__spec__
+    return sys.argv if spec is None else ["--module", spec.name, *sys.argv[1:]]
+
+
+def command_line() -> str:
+    """The command that started this program, as a user would type it; empty in a notebook or an interpreter."""
+    if "ipykernel" in sys.modules or not sys.argv[0] or sys.argv[0] == "-c":
+        return ""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and spec.name.startswith("custom_ddpm."):
+        return shlex.join(["accelerate", "launch", "-m", spec.name, *sys.argv[1:]])
+    if Path(sys.argv[0]).name == "custom-ddpm":
+        return shlex.join(["custom-ddpm", *sys.argv[1:]])
+    return shlex.join(["accelerate", "launch", *sys.argv])
+
+
 def _end_with(parent: int) -> None:
-    # accelerate's launcher of one process, when it is told to end, tells nobody.
+    """End this process once its parent has ended: accelerate's launcher of one process passes no signals on."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -72,27 +93,27 @@ def _end_with(parent: int) -> None:
 
 @contextmanager
 def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
-    """End the program with status 1 and one line for errors of these types; others keep their traceback.
+    """Context that ends the program with status 1 and one line of text for errors of the given types.
 
-    When one of several processes fails, those that wait for it fail too, and an error that all of them find they would
-    all tell. So those that may not be the first to know give the launcher the time to end them.
+    Other errors keep their traceback. When one of several processes fails, the others fail too, because they wait for
+    it or find the same error. So all but the first wait a moment before they report, until the launcher ends them.
     """
     rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         yield
     except expected as error:
-        line = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split()) or type(error).__name__}"
+        line = f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}"
         if rank > 0:
-            time.sleep(FIRST_TO_SPEAK)
-            line = "\n" + line  # the progress bar of the first process may be in the middle of one
+            time.sleep(REPORT_DELAY)
+            line = "\n" + line  # the cursor may be at the end of the first process's progress bar
         sys.exit(line)
     except RuntimeError:
         if several:
-            time.sleep(FIRST_TO_SPEAK)
+            time.sleep(REPORT_DELAY)
         raise
 
 
 def launcher_pid() -> int | None:
-    """The process that launched this one and waits for it, if it is accelerate's or torch's launcher."""
+    """Process id of the launcher (accelerate's or torch's) that started this process; None if there is none."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     return os.getppid() if launched else None

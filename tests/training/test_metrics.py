@@ -1,4 +1,4 @@
-"""custom_ddpm/journal.py: what is told is the plain mean of what happened, and the pictures show it."""
+"""custom_ddpm/training/metrics.py: what is told is the plain mean of what happened, and the pictures show it."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from custom_ddpm.journal import LEVELS, Journal, draw_loss_by_timestep, draw_loss_curve, read_metrics
+from custom_ddpm.training.metrics import LEVELS, MetricsLogger, draw_loss_by_timestep, draw_loss_curve, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -18,29 +18,29 @@ def accelerator():
 
 
 @pytest.fixture
-def journal(accelerator, tmp_path):
-    journal = Journal(
+def logger(accelerator, tmp_path):
+    logger = MetricsLogger(
         accelerator, tmp_path, num_train_timesteps=1000, start_step=0, max_train_steps=9, images_per_step=6
     )
-    yield journal
-    journal.close()
+    yield logger
+    logger.close()
 
 
-def step(journal, losses, timesteps, norm=1.0, skipped=0.0, waited=0.0):
-    journal.add_losses(torch.tensor(losses), torch.tensor(timesteps))
-    journal.add_step(torch.tensor(norm), torch.tensor(skipped), waited)
+def step(logger, losses, timesteps, norm=1.0, skipped=0.0, waited=0.0):
+    logger.add_losses(torch.tensor(losses), torch.tensor(timesteps))
+    logger.add_step(torch.tensor(norm), torch.tensor(skipped), waited)
 
 
-def test_means_are_plain_means_over_all_samples_since_the_last_line(journal, tmp_path):
+def test_means_are_plain_means_over_all_samples_since_the_last_line(logger, tmp_path):
     generator = np.random.default_rng(0)
     for first in (0, 3):
         losses, timesteps, norms = generator.random((3, 6)), generator.integers(1000, size=(3, 6)), generator.random(3)
         for i in range(3):
             # One step of two batches.
-            journal.add_losses(torch.tensor(losses[i, :4]), torch.tensor(timesteps[i, :4]))
-            journal.add_losses(torch.tensor(losses[i, 4:]), torch.tensor(timesteps[i, 4:]))
-            journal.add_step(torch.tensor(norms[i]), torch.tensor(0.0), 0.0)
-        line = journal.log(first + 3, learning_rate=0.5)
+            logger.add_losses(torch.tensor(losses[i, :4]), torch.tensor(timesteps[i, :4]))
+            logger.add_losses(torch.tensor(losses[i, 4:]), torch.tensor(timesteps[i, 4:]))
+            logger.add_step(torch.tensor(norms[i]), torch.tensor(0.0), 0.0)
+        line = logger.log(first + 3, learning_rate=0.5)
         assert line == read_metrics(tmp_path)[-1]
         assert (line["step"], line["learning_rate"], line["skipped_steps"]) == (first + 3, 0.5, 0)
         assert line["loss"] == pytest.approx(losses.mean(), rel=1e-6)
@@ -52,57 +52,57 @@ def test_means_are_plain_means_over_all_samples_since_the_last_line(journal, tmp
 
 @pytest.mark.parametrize("T", [1, 4, 15, 1000])
 def test_every_timestep_has_its_tenth(accelerator, tmp_path, T):
-    journal = Journal(accelerator, tmp_path, T, 0, 1, 1)
-    step(journal, [float(t) for t in range(T)], list(range(T)))
-    told = journal.log(1, 0.0)["loss_by_timestep"]
+    logger = MetricsLogger(accelerator, tmp_path, T, 0, 1, 1)
+    step(logger, [float(t) for t in range(T)], list(range(T)))
+    told = logger.log(1, 0.0)["loss_by_timestep"]
     for level in range(LEVELS):
         inside = [t for t in range(T) if level <= t / T * LEVELS < level + 1]
         assert told[level] == (pytest.approx(np.mean(inside)) if inside else None)
-    journal.close()
+    logger.close()
 
 
-def test_what_is_not_finite_is_counted_and_in_no_mean(journal):
-    step(journal, [1.0, math.nan, 3.0], [0, 0, 999], norm=math.nan, skipped=1.0)
-    step(journal, [5.0, math.inf, 6.0], [0, 999, 999], norm=2.0)
-    line = journal.log(2, 0.0)
+def test_what_is_not_finite_is_counted_and_in_no_mean(logger):
+    step(logger, [1.0, math.nan, 3.0], [0, 0, 999], norm=math.nan, skipped=1.0)
+    step(logger, [5.0, math.inf, 6.0], [0, 999, 999], norm=2.0)
+    line = logger.log(2, 0.0)
     assert (line["loss"], line["grad_norm"], line["skipped_steps"]) == (3.75, 2.0, 1)
     assert line["loss_by_timestep"] == [3.0] + [None] * 8 + [4.5]
 
 
-def test_nothing_but_not_finite_is_no_number_and_no_end(journal, tmp_path):
-    step(journal, [math.nan], [0], norm=math.nan, skipped=1.0)
-    assert journal.log(1, 0.0)["loss"] is None
+def test_nothing_but_not_finite_is_no_number_and_no_end(logger, tmp_path):
+    step(logger, [math.nan], [0], norm=math.nan, skipped=1.0)
+    assert logger.log(1, 0.0)["loss"] is None
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    step(journal, [1.0], [0])
-    journal.log(2, 0.0)
-    journal.draw()
+    step(logger, [1.0], [0])
+    logger.log(2, 0.0)
+    logger.draw()
 
 
-def test_throughput_and_waiting_are_of_the_time_of_training(journal, monkeypatch, caplog):
+def test_throughput_and_waiting_are_of_the_time_of_training(logger, monkeypatch, caplog):
     clock = [100.0]
-    monkeypatch.setattr("custom_ddpm.journal.time.perf_counter", lambda: clock[0])
-    journal.restart_clock(0)
+    monkeypatch.setattr("custom_ddpm.training.metrics.time.perf_counter", lambda: clock[0])
+    logger.restart_clock(0)
     for _ in range(4):
-        step(journal, [1.0], [0], waited=0.1)
+        step(logger, [1.0], [0], waited=0.1)
         clock[0] += 2.0
-    line = journal.log(4, 0.0)
+    line = logger.log(4, 0.0)
     assert line["images_per_second"] == pytest.approx(4 * 6 / 8)
     assert line["data_wait"] == pytest.approx(0.4 / 8)
     assert "waiting" not in caplog.text
     clock[0] += 1000.0  # a checkpoint, a grid
-    journal.restart_clock(4)
-    step(journal, [1.0], [0], waited=1.5)
+    logger.restart_clock(4)
+    step(logger, [1.0], [0], waited=1.5)
     clock[0] += 3.0
-    assert journal.log(5, 0.0)["images_per_second"] == pytest.approx(6 / 3)
+    assert logger.log(5, 0.0)["images_per_second"] == pytest.approx(6 / 3)
     assert "step 5: 50% of the time was spent waiting for pictures" in caplog.text
 
 
 def test_a_resumed_run_tells_its_steps_once(accelerator, tmp_path):
     lines = [{"step": s, "loss": float(s)} for s in (2, 4, 6)] + [{"step": 4, "validation_loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Journal(accelerator, tmp_path, 10, 4, 9, 1).close()
+    MetricsLogger(accelerator, tmp_path, 10, 4, 9, 1).close()
     assert read_metrics(tmp_path) == [lines[0], lines[1], lines[3]]
-    Journal(accelerator, tmp_path, 10, 0, 9, 1).close()
+    MetricsLogger(accelerator, tmp_path, 10, 0, 9, 1).close()
     assert read_metrics(tmp_path) == []
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 

@@ -1,0 +1,127 @@
+"""The training loop: Algorithm 1 (T2) as a generator.
+
+Checkpoints, sample grids, metrics and averages are not here: whoever iterates over `training_steps` adds them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..data import normalise
+from ..scheduler import CustomDDPMScheduler
+from .randomness import Draws, UniformSampler, draw
+from .sharding import whole
+
+Loss = Callable[..., torch.Tensor]
+
+
+@dataclass
+class TrainingStep:
+    """What happened in one optimiser step; tensors are on the device, and nothing has waited for it."""
+
+    step: int  # optimiser steps done, this one included
+    timesteps: list[torch.Tensor]  # t of this process, int64 (B,), one tensor per batch of the step
+    losses: list[torch.Tensor]  # loss of each sample, (B,), one tensor per batch
+    grad_norm: torch.Tensor  # norm of the gradients before clipping, ()
+    skipped: torch.Tensor  # 1.0 if the gradients were not finite and the weights stayed as they were, else 0.0; ()
+
+
+def training_steps(
+    model: Any,
+    scheduler: CustomDDPMScheduler,
+    optimizer: Any,
+    lr_scheduler: Any,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor | None]],
+    accelerator: Accelerator,
+    loss: Loss,
+    max_train_steps: int,
+    *,
+    first_step: int = 0,
+    seed: int = 0,
+    timestep_sampler: Any = None,
+    random_flip: bool = False,
+    label_dropout: float = 0.0,
+    null_label: int = 0,
+    max_grad_norm: float = 1.0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Iterator[TrainingStep]:
+    """Train a noise predictor, and yield after every optimiser step.
+
+    Args:
+        model: the U-Net, prepared by `accelerator`; called as `model(x_t, t, class_labels=...).sample`.
+        scheduler: the forward process.
+        optimizer: prepared by `accelerator`.
+        lr_scheduler: any object whose `step()` is to be called after each optimiser step.
+        batches: images uint8 (B, C, H, W) and labels int64 (B,) or None, endless.
+        accelerator: its `gradient_accumulation_steps` batches make one step.
+        loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
+        max_train_steps: optimiser steps of the whole run.
+        first_step: optimiser steps that were done before.
+        seed: seed of the random draws; see `randomness.draw`.
+        timestep_sampler: draws t; `UniformSampler` if None.
+        random_flip: whether pictures are flipped left-right at random.
+        label_dropout: probability that a label is replaced by `null_label`, for classifier-free guidance.
+        null_label: the label that stands for no class.
+        max_grad_norm: norm that the gradients are clipped to.
+        memory_format: memory layout of x_t.
+    """
+    timestep_sampler = timestep_sampler or UniformSampler(len(scheduler))
+    for step in range(first_step, max_train_steps):
+        timesteps, losses = [], []
+        for batch in range(accelerator.gradient_accumulation_steps):
+            images, labels = next(batches)
+            first = (batch * accelerator.num_processes + accelerator.process_index) * len(images)
+            positions = range(first, first + len(images))
+            draws = draw(seed, step, positions, images.shape[1:], accelerator.device)
+
+            x_0 = _flipped(normalise(images.to(accelerator.device, non_blocking=True)), draws, random_flip)
+            t, weights = timestep_sampler.sample(draws.timestep)
+            x_t = scheduler.add_noise(x_0, draws.noise, t).to(memory_format=memory_format)
+            condition = _condition(labels, draws, label_dropout, null_label)
+            with accelerator.accumulate(model):
+                torch.manual_seed(draws.dropout_seed)
+                output = model(x_t, t, **condition).sample
+                each = loss(scheduler, output, x_0, draws.noise, x_t, t)
+                accelerator.backward((each * weights).mean())
+                if accelerator.sync_gradients:
+                    grad_norm, skipped = _clip_gradients(accelerator, model, optimizer, max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            timesteps.append(t)
+            losses.append(each.detach())
+        lr_scheduler.step()
+        yield TrainingStep(step + 1, timesteps, losses, grad_norm, skipped)
+
+
+def _flipped(x_0: torch.Tensor, draws: Draws, random_flip: bool) -> torch.Tensor:
+    """Half of the pictures mirrored left-right, if `random_flip`."""
+    return torch.where((draws.flip < 0.5).view(-1, 1, 1, 1), x_0.flip(-1), x_0) if random_flip else x_0
+
+
+def _condition(
+    labels: torch.Tensor | None, draws: Draws, label_dropout: float, null_label: int
+) -> dict[str, torch.Tensor]:
+    """The model's keyword arguments: the labels, some of them dropped; nothing for a model without classes."""
+    if labels is None:
+        return {}
+    labels = labels.to(draws.label.device, non_blocking=True)
+    return {"class_labels": torch.where(draws.label < label_dropout, null_label, labels)}
+
+
+def _clip_gradients(
+    accelerator: Accelerator, model: Any, optimizer: Any, max_grad_norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip the gradients to a norm, and have the optimiser skip the step if they are not finite.
+
+    Returns:
+        The norm before clipping; 1.0 if the step is skipped, else 0.0.
+    """
+    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    skipped = (~torch.isfinite(grad_norm)).float()
+    if accelerator.scaler is None:
+        # The flag that GradScaler sets: a fused optimiser skips the step by itself, without the host waiting for it.
+        optimizer.optimizer.found_inf = skipped
+    return grad_norm, skipped

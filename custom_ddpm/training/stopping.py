@@ -1,0 +1,67 @@
+"""Ending a run early and in order: signals, a time limit, a launcher that is gone."""
+
+import math
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .launch import launcher_pid
+
+
+class StopRequest:
+    """Whether the run must end after this step; all processes agree on it.
+
+    SIGTERM and SIGINT (Ctrl-C) are handled from the construction until `restore`.
+
+    Args:
+        accelerator: the run's accelerator.
+        max_train_time: minutes from now after which the run ends; None for no limit.
+
+    Attributes:
+        reason: why, for the user; None while there is no reason.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_train_time: float | None):
+        self._deadline = math.inf if max_train_time is None else time.monotonic() + 60 * max_train_time
+        self._launcher = launcher_pid()
+        # Votes are reduced between hosts, so that no device is waited for.
+        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._vote, self._pending = torch.zeros(()), None
+        self.reason: str | None = None
+        self._previous: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = f"received {signal.Signals(number).name}"
+        if self._launcher is None:
+            self.restore()  # a second signal ends the process at once; from a launcher it only repeats the first
+
+    def restore(self) -> None:
+        """Put the previous signal handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether to stop now. All processes must call this after each step."""
+        if self.reason is None and time.monotonic() > self._deadline:
+            self.reason = "--max_train_time is over"
+        if self.reason is None and self._launcher not in (None, os.getppid()):
+            # accelerate's launcher of one process passes no signals on.
+            self.reason = "its launcher has ended"
+        if self._group is None:
+            return self.reason is not None
+        # The votes of the previous step are counted: they have arrived by now.
+        if self._pending is not None:
+            self._pending.wait()
+        stop = self._vote.item() > 0
+        self._vote = torch.tensor(float(self.reason is not None))
+        self._pending = torch.distributed.all_reduce(self._vote, group=self._group, async_op=True)
+        if stop and self.reason is None:
+            self.reason = "another process was told to stop"
+        return stop
