@@ -1,0 +1,95 @@
+"""Choice of the image and label columns of a dataset, and numbering of its classes."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import datasets
+
+LABEL_NAMES = {"label", "labels", "class", "cls", "class_label", "fine_label", "coarse_label", "category", "target"}
+
+
+def number_labels(
+    values: Iterable[Any], feature: Any, id2label: Mapping[int, str] | None
+) -> tuple[dict[Any, int], dict[int, str]]:
+    """Number the labels that occur from 0 to K-1 in sorted order, or as a given `id2label` numbers them.
+
+    Args:
+        values: values of the label column; None, and -1 in a ClassLabel column, mean "no label".
+        feature: type of the label column.
+        id2label: class id -> name to use instead, e.g. that of the training split for a held-out split.
+
+    Returns:
+        Mappings value -> class id and class id -> name. Values without a name in `id2label` are missing in the first.
+    """
+    is_class = isinstance(feature, datasets.ClassLabel)
+    known = sorted(value for value in set(values) if value is not None and not (is_class and value < 0))
+    names = {value: feature.int2str(value) if is_class else str(value) for value in known}
+    id2label = dict(id2label or enumerate(names.values()))
+    ids = {name: i for i, name in id2label.items()}
+    return {value: ids[name] for value, name in names.items() if name in ids}, id2label
+
+
+def label_id(value: Any, ids: Mapping[Any, int], where: str) -> int:
+    """Look up the class id of a label.
+
+    Args:
+        value: value of the label column.
+        ids: value -> class id, from `number_labels`.
+        where: the row in words, for the error message.
+
+    Raises:
+        ValueError: if the label is missing or belongs to no class.
+    """
+    if value not in ids:
+        raise ValueError(f"{where} has the label {value!r}, which is not one of the {len(ids)} classes")
+    return ids[value]
+
+
+def find_image_column(features: datasets.Features, name: str | None) -> str:
+    """Return the column with the images.
+
+    Args:
+        features: column types of the dataset.
+        name: a column of type Image, or of paths (strings) or encoded images (bytes); None: the only Image column.
+
+    Raises:
+        ValueError: if `name` is not such a column, or None and there is not exactly one Image column.
+    """
+    found = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    plain = [column for column, feature in features.items() if _has_type(feature, "string", "binary")]
+    return _column(features, "image_column", name, found, found + plain)
+
+
+def find_label_column(features: datasets.Features, name: str | None) -> str:
+    """Return the column with the class labels.
+
+    Args:
+        features: column types of the dataset.
+        name: a column of type ClassLabel, integer, string or bool; None: the only ClassLabel column or, without any,
+            the only one of the other types with a name in `LABEL_NAMES`.
+
+    Raises:
+        ValueError: if `name` is not such a column, or None and there is not exactly one candidate.
+    """
+    classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    plain = [column for column, feature in features.items() if _has_type(feature, "int", "uint", "string", "bool")]
+    found = classes or [column for column in plain if column in LABEL_NAMES]
+    return _column(features, "label_column", name, found, classes + plain)
+
+
+def _has_type(feature: Any, *types: str) -> bool:
+    """Whether a feature is a scalar of one of these types, of any width."""
+    return isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_").startswith(types)
+
+
+def _column(features: datasets.Features, option: str, name: str | None, found: list[str], usable: list[str]) -> str:
+    """Return the named column if its type is usable; without a name, the only candidate in `found`."""
+    if name is None and len(found) > 1:
+        raise ValueError(f"{option}: several columns are suitable, choose one of {', '.join(found)}")
+    if name is None and found:
+        return found[0]
+    if name is None or name not in usable:
+        problem = "no column is suitable" if name is None else f"{name!r} is not a column of a suitable type"
+        columns = (f"{column} ({getattr(feature, 'dtype', 'nested')})" for column, feature in features.items())
+        raise ValueError(f"{option}: {problem}; the columns are {', '.join(columns)}")
+    return name

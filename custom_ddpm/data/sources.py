@@ -1,0 +1,134 @@
+"""Opening of image datasets: from the Hub, from folders of images, or from local dataset files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from PIL import ImageColor
+
+from ..messages import one_line
+from .base import ImageData, Request
+from .cache import CachedImages
+from .labels import find_image_column, find_label_column
+from .pixels import MODES, Transform
+from .stream import StreamedImages
+
+
+def _load(path: str | None, image_folder: str | None, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
+    """Call `load_dataset`, also for single files and `save_to_disk` folders; its errors become one-line ValueErrors."""
+    folder = Path(path or "")
+    try:
+        if image_folder is not None:
+            return datasets.load_dataset("imagefolder", data_dir=image_folder, **options)
+        if folder.is_file():
+            return datasets.load_dataset(str(folder.parent), data_files=folder.name, **options)
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            files = {split: f"{folder}/{split}/data-*.arrow" for split in splits}
+            return datasets.load_dataset("arrow", data_files=files, **options)
+        if (folder / "state.json").is_file():
+            return datasets.load_dataset("arrow", data_files=f"{folder}/data-*.arrow", **options)
+        return datasets.load_dataset(path, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+            error = error.__cause__  # this error's own message does not state the reason
+        raise ValueError(f"cannot open the dataset {path or image_folder!r}: {one_line(error)}") from error
+
+
+def _height_width(resolution: int | Sequence[int]) -> tuple[int, int]:
+    """Return a resolution as (height, width)."""
+    sides = [resolution] if isinstance(resolution, int) else list(resolution)
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError(f"resolution must be one or two numbers of pixels, at least 1, not {resolution}")
+    return sides[0], sides[-1]
+
+
+def _check_arguments(
+    image_mode: str | None,
+    on_bad_image: str,
+    background: str,
+    seed: int,
+    dataset_name: str | None,
+    train_data_dir: str | None,
+    label_column: str | None,
+    class_conditional: bool,
+) -> None:
+    """Raise ValueError for the first invalid argument of `open_images`."""
+    if image_mode not in (None, *MODES.values()):
+        raise ValueError(f"image_mode must be one of {', '.join(MODES.values())}, not {image_mode!r}")
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(f"on_bad_image must be raise or skip, not {on_bad_image!r}")
+    try:
+        ImageColor.getcolor(background, "RGB")
+    except ValueError as error:
+        raise ValueError(f"background must be the name of a colour or #rrggbb, not {background!r}") from error
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}")
+    if bool(dataset_name) == bool(train_data_dir):
+        raise ValueError("give either dataset_name or train_data_dir")
+    if label_column is not None and not class_conditional:
+        raise ValueError(f"label_column {label_column!r} requires class_conditional")
+
+
+def open_images(
+    *,
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_conditional: bool = False,
+    id2label: Mapping[int, str] | None = None,
+    on_bad_image: Literal["raise", "skip"] = "raise",
+    image_mode: str | None = None,
+    background: str = "white",
+    resolution: int | Sequence[int],
+    center_crop: bool = False,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> ImageData:
+    """Open an image dataset and, unless it is streamed, decode and resize it into the cache.
+
+    Args:
+        dataset_name: name on the Hub (private datasets: log in or set HF_TOKEN), or path of a dataset folder, of a
+            parquet, arrow or webdataset (tar) file, or of a folder written by `save_to_disk`.
+        train_data_dir: alternative to `dataset_name`: a folder of image files, in one sub-folder per class.
+        dataset_config_name, dataset_revision, cache_dir: `name`, `revision`, `cache_dir` of `datasets.load_dataset`.
+        split: split expression such as "train[:90%]" (streams: names only, such as "train+test").
+        streaming: whether to decode the images at every visit instead of caching them.
+        image_column, label_column: chosen by type if None, see `find_image_column`, `find_label_column`.
+        class_conditional: whether to read labels. Those that occur are numbered 0 … K-1 without gaps.
+        id2label: numbering to use instead; for a held-out split that of the training split, with its `mode`.
+        on_bad_image: for a row without a readable image: "raise" an error that names it, or "skip" it.
+        image_mode: "L", "RGB" or "RGBA", or None for the rules in `custom_ddpm.data.pixels`.
+        background: colour under transparent pixels: any name or #rrggbb known to Pillow.
+        resolution: side, or (height, width), in pixels.
+        center_crop: whether to crop at the centre (recommended for a held-out split) instead of at random.
+        num_workers: number of processes that decode; 0: the calling process.
+        seed: seed of the order and of the random crops, >= 0.
+
+    Raises:
+        ValueError: one line with the argument, its value and what is valid.
+    """
+    height, width = _height_width(resolution)
+    _check_arguments(
+        image_mode, on_bad_image, background, seed, dataset_name, train_data_dir, label_column, class_conditional
+    )
+    options = {"name": dataset_config_name, "revision": dataset_revision, "split": split}
+    dataset = _load(dataset_name, train_data_dir, cache_dir=cache_dir, streaming=streaming, **options)
+    if dataset.features is None:
+        raise ValueError("this stream does not declare the types of its columns; open it without streaming")
+    image_column = find_image_column(dataset.features, image_column)
+    label_column = find_label_column(dataset.features, label_column) if class_conditional else None
+    transform = Transform(height, width, center_crop, image_mode, background)
+    request = Request(image_column, label_column, id2label, seed, num_workers, on_bad_image == "skip")
+    if not streaming:
+        return CachedImages(dataset, transform, request)
+    source = [dataset_name, train_data_dir, dataset_config_name, dataset_revision, split]
+    return StreamedImages(dataset, transform, request, source)
