@@ -8,7 +8,6 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
-from hub.server import HubServer
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -17,6 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import _http
+
+from hub.server import HubServer
 
 WEIGHTS = bytes(range(256)) * 64
 
