@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from custom_ddpm.hub import HubError, push_pipeline, release_code, verify_repository
-from hub.server import File
+from hub.repository import File
 
 
 def test_pushed_pipeline_passes_on_the_hub_and_on_disk(hub, run, saved, tmp_path):
