@@ -274,7 +274,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         parts.setdefault("id2label", index.get("id2label"))
 
         if index["_class_name"] == "DDPMPipeline":
-            convert = importlib.import_module("custom_ddpm.convert")
+            convert = importlib.import_module("custom_ddpm.hub.convert")
             stock = convert.pipeline_from_diffusers(pretrained_model_name_or_path, **hub_options, **kwargs)
             return cls(**{"unet": stock.unet, "scheduler": stock.scheduler, **parts})
         if "unet" not in parts:

@@ -1,7 +1,7 @@
-"""To and from diffusers' own `UNet2DModel`, `DDPMScheduler` and `DDPMPipeline`.
+"""Conversion to and from diffusers' `UNet2DModel`, `DDPMScheduler` and `DDPMPipeline`.
 
-Both sides have the same settings and the same tensors, so nothing is computed here: what one side can be told and the
-other cannot is refused by name. The networks convert themselves, see `CustomUNet2DModel.from_diffusers`.
+Both sides have the same settings and the same tensors, so nothing is computed here; a setting that the other side does
+not have is an error that names it. The networks convert themselves: see `CustomUNet2DModel.from_diffusers`.
 """
 
 import inspect
@@ -10,17 +10,17 @@ from typing import Any
 
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from .pipelines import CustomDDPMPipeline
-from .scheduler import CustomDDPMScheduler
-from .unet import CustomUNet2DModel
+from ..pipelines import CustomDDPMPipeline
+from ..scheduler import CustomDDPMScheduler
+from ..unet import CustomUNet2DModel
 
 
 def scheduler_from_diffusers(scheduler: DDPMScheduler) -> CustomDDPMScheduler:
-    """The same noise schedule and the same reverse step.
+    """Convert a `DDPMScheduler`: same noise schedule, same reverse step.
 
     Raises:
-        TypeError: `scheduler` is no `DDPMScheduler`.
-        ValueError: a setting that `CustomDDPMScheduler` refuses ("epsilon" with rescale_betas_zero_snr).
+        TypeError: `scheduler` is not a `DDPMScheduler`.
+        ValueError: a setting that `CustomDDPMScheduler` does not accept ("epsilon" with rescale_betas_zero_snr).
     """
     if not isinstance(scheduler, DDPMScheduler):
         raise TypeError(f"scheduler must be a DDPMScheduler, got {type(scheduler).__name__}")
@@ -28,11 +28,13 @@ def scheduler_from_diffusers(scheduler: DDPMScheduler) -> CustomDDPMScheduler:
 
 
 def scheduler_to_diffusers(scheduler: CustomDDPMScheduler) -> DDPMScheduler:
-    """The same noise schedule and the same reverse step; a schedule that diffusers has no name for goes as its betas.
+    """Convert to a `DDPMScheduler`: same noise schedule, same reverse step.
+
+    A schedule that diffusers has no name for is passed as `trained_betas`.
 
     Raises:
-        TypeError: `scheduler` is no `CustomDDPMScheduler`.
-        ValueError: a `variance_type` that `DDPMScheduler` does not have, or has and returns NaN for.
+        TypeError: `scheduler` is not a `CustomDDPMScheduler`.
+        ValueError: a `variance_type` that `DDPMScheduler` does not have, or for which it returns NaN.
     """
     if not isinstance(scheduler, CustomDDPMScheduler):
         raise TypeError(f"scheduler must be a CustomDDPMScheduler, got {type(scheduler).__name__}")
@@ -40,27 +42,29 @@ def scheduler_to_diffusers(scheduler: CustomDDPMScheduler) -> DDPMScheduler:
     if variance_type in ("zero", "analytic"):
         raise ValueError(f"DDPMScheduler has no variance_type {variance_type!r}; use 'fixed_small' or 'fixed_large'")
     if variance_type == "fixed_large_log":
-        raise ValueError("DDPMScheduler gives NaN for variance_type 'fixed_large_log'; use its equal, 'fixed_large'")
+        raise ValueError(
+            "DDPMScheduler gives NaN for variance_type 'fixed_large_log'; use 'fixed_large', which is the same variance"
+        )
     known = inspect.signature(DDPMScheduler.__init__).parameters
     return DDPMScheduler(**{name: value for name, value in scheduler.config.items() if name in known})
 
 
 def pipeline_from_diffusers(source: str | os.PathLike | DDPMPipeline, **hub_options: Any) -> CustomDDPMPipeline:
-    """A stock DDPM as a `CustomDDPMPipeline`, in memory or read from where it was saved.
+    """Convert a `DDPMPipeline`, given in memory or as a saved one, to a `CustomDDPMPipeline`.
 
-    Older repositories are read too: weights at their root, attention weights under their old names. A scheduler other
-    than `DDPMScheduler` stays what it is.
+    Older repositories are supported: weights at the root, attention weights under their former names. A scheduler other
+    than `DDPMScheduler` is kept as it is.
 
     Args:
         source: a folder, a Hub repository such as "google/ddpm-cifar10-32", or the pipeline itself (its tensors are
             copied).
-        **hub_options: `revision`, `token`, `cache_dir`, `variant`, `torch_dtype` and others of
+        **hub_options: `revision`, `token`, `cache_dir`, `variant`, `torch_dtype` and other arguments of
             `DiffusionPipeline.from_pretrained`.
 
     Raises:
-        OSError: there is no pipeline, or none whose weights are safetensors; pickles are not read.
-        TypeError: its network is no `UNet2DModel`.
-        ValueError: a setting that our classes cannot express, by name.
+        OSError: there is no pipeline, or it has no safetensors weights; pickles are not read.
+        TypeError: its network is not a `UNet2DModel`.
+        ValueError: a setting that the custom classes do not have; the message names it.
     """
     stock: Any = source
     if not isinstance(source, DDPMPipeline):
@@ -72,25 +76,25 @@ def pipeline_from_diffusers(source: str | os.PathLike | DDPMPipeline, **hub_opti
 
 
 def pipeline_to_diffusers(pipeline: CustomDDPMPipeline) -> DDPMPipeline:
-    """The same pictures from diffusers' own classes, which load without any code of ours.
+    """Convert to a `DDPMPipeline`, which generates the same images and loads without this package.
 
-    A scheduler other than `CustomDDPMScheduler` stays what it is.
+    A scheduler other than `CustomDDPMScheduler` is kept as it is.
 
     Raises:
-        ValueError: what `DDPMPipeline` cannot do: class labels, a picture size that does not halve evenly or is not
-            set, and what `scheduler_to_diffusers` refuses.
+        ValueError: something that `DDPMPipeline` does not support: class labels, a `sample_size` that is None or not
+            divisible at every level, or what `scheduler_to_diffusers` raises for.
     """
     config, scheduler = pipeline.unet.config, pipeline.scheduler
     if config.num_class_embeds is not None:
         raise ValueError(
-            f"DDPMPipeline cannot pass class labels on; this model has num_class_embeds={config.num_class_embeds} "
+            f"DDPMPipeline does not support class labels; this model has num_class_embeds={config.num_class_embeds} "
             "(unet.to_diffusers() converts the network alone)"
         )
     stride, size = 2 ** (len(config.block_out_channels) - 1), config.sample_size
     if size is None:
-        raise ValueError("DDPMPipeline draws pictures of the unet's sample_size only; this unet has none")
+        raise ValueError("DDPMPipeline needs the unet's sample_size as the image size; this unet has none")
     if any(side % stride for side in ([size] if isinstance(size, int) else size)):
-        raise ValueError(f"UNet2DModel does not pad: sample_size {size} is no multiple of {stride}")
+        raise ValueError(f"UNet2DModel does not pad: sample_size {size} is not a multiple of {stride}")
     if isinstance(scheduler, CustomDDPMScheduler):
         scheduler = scheduler_to_diffusers(scheduler)
     return DDPMPipeline(unet=pipeline.unet.to_diffusers(), scheduler=scheduler)

@@ -1,4 +1,4 @@
-"""The test double of the Hub, driven by the real client over a socket."""
+"""The test double of the Hub, used by the real client over a socket."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
-from hub.server import HubServer
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -17,6 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import _http
+
+from hub.server import HubServer
 
 WEIGHTS = bytes(range(256)) * 64
 
@@ -29,7 +30,7 @@ def hub():
 
 @pytest.fixture
 def api(hub, monkeypatch):
-    """The real client for the double, which does not wait a second before it tries again."""
+    """The real client of the test double, without its pauses between attempts."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     return HfApi(endpoint=hub.endpoint, token=hub.token)
@@ -54,7 +55,7 @@ def other_token(hub):
     return next(token for token, name in hub.users.items() if name == "other")
 
 
-def test_upload_and_download_give_the_same_bytes(hub, api, folder, tmp_path):
+def test_upload_and_download_preserve_bytes(hub, api, folder, tmp_path):
     push(api, folder, commit_message="first")
     assert hub.log("user/model") == ["first", "initial commit"]
     path = api.snapshot_download("user/model", local_dir=tmp_path / "copy")
@@ -63,7 +64,7 @@ def test_upload_and_download_give_the_same_bytes(hub, api, folder, tmp_path):
     assert path == str(tmp_path / "copy")
 
 
-def test_large_and_binary_files_go_through_lfs_and_text_does_not(hub, api, tmp_path):
+def test_large_and_binary_files_are_stored_in_lfs_and_text_is_not(hub, api, tmp_path):
     (tmp_path / "text.json").write_text("x" * (10 * 2**20 + 1))
     (tmp_path / "small.json").write_text("x")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
@@ -76,7 +77,7 @@ def test_large_and_binary_files_go_through_lfs_and_text_does_not(hub, api, tmp_p
     assert len(hub.asked("PUT", "/storage/")) == 2
 
 
-def test_the_oids_are_gits_own(hub, api, folder, tmp_path):
+def test_oids_equal_those_of_git(hub, api, folder, tmp_path):
     push(api, folder)
     expected = subprocess.run(
         ["git", "hash-object", folder / "README.md"], capture_output=True, text=True, check=True
@@ -84,7 +85,7 @@ def test_the_oids_are_gits_own(hub, api, folder, tmp_path):
     assert api.get_paths_info("user/model", "README.md")[0].blob_id == expected
 
 
-def test_nothing_is_sent_twice_and_an_unchanged_folder_makes_no_commit(hub, api, folder):
+def test_stored_files_are_not_sent_again_and_unchanged_folder_makes_no_commit(hub, api, folder):
     push(api, folder)
     push(api, folder)
     assert hub.log("user/model") == ["Upload folder using huggingface_hub", "initial commit"]
@@ -102,7 +103,7 @@ def test_one_commit_adds_and_deletes(hub, api, folder):
         api.delete_file("absent.txt", "user/model")
 
 
-def test_branches_and_commits_are_read_by_name_and_by_sha(hub, api, folder, tmp_path):
+def test_files_are_read_by_branch_name_and_by_sha(hub, api, folder, tmp_path):
     first = push(api, folder).oid
     api.create_branch("user/model", branch="feature/x")
     with pytest.raises(HfHubHTTPError, match="409"):
@@ -129,7 +130,7 @@ def test_branches_and_commits_are_read_by_name_and_by_sha(hub, api, folder, tmp_
     assert [branch.name for branch in api.list_repo_refs("user/model").branches] == ["main"]
 
 
-def test_tree_lists_one_folder_or_all(hub, api, folder):
+def test_tree_lists_one_folder_or_all_recursively(hub, api, folder):
     push(api, folder)
     assert {item.path for item in api.list_repo_tree("user/model")} == {".gitattributes", "README.md", "unet"}
     inside = {"unet/config.json", "unet/model.safetensors"}
@@ -138,7 +139,7 @@ def test_tree_lists_one_folder_or_all(hub, api, folder):
     assert everything == inside | {".gitattributes", "README.md", "unet"}
 
 
-def test_a_cut_download_goes_on_where_it_was_cut(hub, api, folder, tmp_path, monkeypatch):
+def test_interrupted_download_resumes(hub, api, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # the client keeps whole chunks, of 10 MB by default
     push(api, folder)
     hub.fail("GET", "/storage/", "cut")
@@ -150,7 +151,7 @@ def test_a_cut_download_goes_on_where_it_was_cut(hub, api, folder, tmp_path, mon
     assert resumed.headers["range"] == f"bytes={len(WEIGHTS) // 2}-" and resumed.status == 206
 
 
-def test_the_storage_behind_lfs_sees_no_token(hub, api, folder, tmp_path):
+def test_lfs_storage_receives_no_token(hub, api, folder, tmp_path):
     push(api, folder)
     api.snapshot_download("user/model", cache_dir=tmp_path)
     stored = hub.asked("PUT", "/storage/") + hub.asked("GET", "/storage/")
@@ -168,7 +169,7 @@ def test_whoami_and_tokens(hub, api):
         HfApi(endpoint=hub.endpoint, token=other_token(hub)).create_repo("user/model")
 
 
-def test_a_private_repository_is_seen_by_its_owner_alone(hub, api, folder):
+def test_private_repository_is_visible_to_its_owner_only(hub, api, folder):
     api.create_repo("user/model", private=True)
     push(api, folder)
     assert api.model_info("user/model").private
@@ -182,17 +183,17 @@ def test_a_private_repository_is_seen_by_its_owner_alone(hub, api, folder):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 429, 500])
-def test_a_commit_that_is_refused_changes_nothing_and_the_next_one_goes_through(hub, api, folder, status):
+def test_rejected_commit_changes_nothing_and_the_next_one_succeeds(hub, api, folder, status):
     hub.fail("POST", "/commit/", status)
     with pytest.raises(HfHubHTTPError, match=str(status)):
         push(api, folder)
     assert hub.log("user/model") == ["initial commit"]
     push(api, folder, commit_message="again")
     assert hub.log("user/model") == ["again", "initial commit"]
-    assert len(hub.asked("PUT", "/storage/")) == 1  # what the first push has stored is not sent again
+    assert len(hub.asked("PUT", "/storage/")) == 1  # files stored by the first push are not sent again
 
 
-def test_the_client_tries_again_after_the_seconds_that_the_server_names(hub, api, folder, monkeypatch):
+def test_client_retries_after_the_retry_after_header(hub, api, folder, monkeypatch):
     waited = []
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waited.append))
     hub.fail("PUT", "/storage/", 429, times=2, retry_after=7)
@@ -201,14 +202,14 @@ def test_the_client_tries_again_after_the_seconds_that_the_server_names(hub, api
     assert [request.status for request in hub.asked("PUT", "/storage/")] == [429, 429, 200]
 
 
-def test_a_cut_upload_is_sent_again(hub, api, folder):
+def test_interrupted_upload_is_sent_again(hub, api, folder):
     hub.fail("PUT", "/storage/", "cut")
     push(api, folder)
     assert [request.status for request in hub.asked("PUT", "/storage/")] == [None, 200]
     assert hub.files("user/model")["unet/model.safetensors"] == WEIGHTS
 
 
-def test_a_lost_answer_leaves_the_work_done(hub, api, folder):
+def test_lost_response_does_not_undo_the_commit(hub, api, folder):
     hub.fail("POST", "/commit/", "lost")
     with pytest.raises(Exception, match="disconnected"):
         push(api, folder, commit_message="once")
@@ -217,12 +218,12 @@ def test_a_lost_answer_leaves_the_work_done(hub, api, folder):
     assert hub.log("user/model") == ["once", "initial commit"]
 
 
-def test_a_slow_answer_comes(hub, api):
+def test_slow_response_arrives(hub, api):
     hub.fail("GET", "whoami", "slow", delay=0.2)
     assert api.whoami()["name"] == "user"
 
 
-def test_content_that_is_not_what_was_declared_is_refused(hub, api, folder):
+def test_invalid_uploads_are_rejected(hub, api, folder):
     push(api, folder)
     address = f"{hub.endpoint}/storage/model/user/model/{'0' * 64}"
     session = _http.get_session()
@@ -248,7 +249,7 @@ def test_content_that_is_not_what_was_declared_is_refused(hub, api, folder):
         ("a: [", "YAML"),
     ],
 )
-def test_a_card_with_wrong_metadata_is_refused(hub, api, metadata, problem):
+def test_card_with_invalid_metadata_is_rejected(hub, api, metadata, problem):
     api.create_repo("user/model")
 
     def push_card(metadata):
@@ -261,14 +262,14 @@ def test_a_card_with_wrong_metadata_is_refused(hub, api, metadata, problem):
     push_card("license: mit\ntags:\n- ddpm")
 
 
-def test_card_validate_asks_the_double(hub, monkeypatch):
+def test_card_validate_uses_the_test_double(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     ModelCard("---\nlicense: mit\n---\n").validate()
     with pytest.raises(ValueError, match="license"):
         ModelCard("---\nlicense: nonsense\n---\n").validate()
 
 
-def test_a_subprocess_knows_the_double_by_its_environment(hub, api, folder, tmp_path):
+def test_subprocess_finds_the_test_double_by_its_environment(hub, api, folder, tmp_path):
     api.create_repo("user/model", private=True)
     push(api, folder)
     program = textwrap.dedent(
@@ -284,7 +285,7 @@ def test_a_subprocess_knows_the_double_by_its_environment(hub, api, folder, tmp_
     assert "RepositoryNotFoundError" in result.stderr and hub.token not in result.stderr
 
 
-def test_a_dataset_is_loaded_by_datasets(hub, tmp_path, api):
+def test_dataset_is_loaded_by_datasets(hub, tmp_path, api):
     api.create_repo("user/numbers", repo_type="dataset")
     for split in ("train", "test"):
         data = f"number,name\n1,{split}\n".encode()

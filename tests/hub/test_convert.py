@@ -1,3 +1,5 @@
+"""Conversion to and from diffusers' classes, compared with diffusers itself."""
+
 import inspect
 import json
 import math
@@ -9,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from safetensors.torch import load_file, save_file
 
 from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler, CustomUNet2DModel
-from custom_ddpm.convert import (
+from custom_ddpm.hub.convert import (
     pipeline_from_diffusers,
     pipeline_to_diffusers,
     scheduler_from_diffusers,
@@ -34,31 +36,31 @@ def make_stock(**scheduler_options) -> DDPMPipeline:
     return stock
 
 
-def draw(pipeline, steps=20):
+def generate(pipeline, steps=20):
     return pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp"])
-def test_to_diffusers_draws_the_same_pictures(beta_schedule, prediction_type):
+def test_to_diffusers_generates_the_same_images(beta_schedule, prediction_type):
     ours = make_pipeline(channels=3, beta_schedule=beta_schedule, prediction_type=prediction_type)
     stock = pipeline_to_diffusers(ours)
     stock.set_progress_bar_config(disable=True)
     assert type(stock.unet) is UNet2DModel and type(stock.scheduler) is DDPMScheduler
-    difference = abs(draw(stock) - draw(ours)).max()
-    assert difference < 1e-4 and draw(ours).std() > 0.005
+    difference = abs(generate(stock) - generate(ours)).max()
+    assert difference < 1e-4 and generate(ours).std() > 0.005
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
-def test_from_diffusers_draws_the_same_pictures(variance_type):
+def test_from_diffusers_generates_the_same_images(variance_type):
     stock = make_stock(variance_type=variance_type)
     ours = pipeline_from_diffusers(stock)
     ours.set_progress_bar_config(disable=True)
     assert type(ours.unet) is CustomUNet2DModel and type(ours.scheduler) is CustomDDPMScheduler
-    assert abs(draw(stock) - draw(ours)).max() < 1e-4
+    assert abs(generate(stock) - generate(ours)).max() < 1e-4
 
 
-def test_stock_to_ours_to_stock_is_the_same_bit_for_bit(tmp_path):
+def test_stock_to_custom_to_stock_is_bit_identical(tmp_path):
     stock = make_stock(beta_schedule="scaled_linear", clip_sample_range=2.0, timestep_spacing="trailing")
     stock.save_pretrained(tmp_path / "stock")
     pipeline_from_diffusers(tmp_path / "stock").save_pretrained(tmp_path / "ours")
@@ -74,13 +76,13 @@ def test_stock_to_ours_to_stock_is_the_same_bit_for_bit(tmp_path):
         assert {name: now[name] for name in was if not name.startswith("_")} == {
             name: value for name, value in was.items() if not name.startswith("_")
         }
-    # With no code of the folder, and no leave to run any.
+    # Without trust_remote_code, and without code in the folder.
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert type(loaded) is DDPMPipeline
     assert not list((tmp_path / "again").rglob("*.py"))
 
 
-def test_ours_to_stock_to_ours_is_the_same_bit_for_bit():
+def test_custom_to_stock_to_custom_is_bit_identical():
     ours = make_pipeline(channels=3)
     again = pipeline_from_diffusers(pipeline_to_diffusers(ours))
     assert ours.unet.state_dict().keys() == again.unet.state_dict().keys()
@@ -100,14 +102,14 @@ def test_schedulers_keep_their_betas_and_settings():
     assert (again.config.prediction_type, again.config.steps_offset) == ("v_prediction", 1)
 
 
-def test_another_scheduler_of_diffusers_stays_what_it_is():
+def test_to_diffusers_keeps_another_scheduler():
     ours = make_pipeline(channels=3)
     ours.scheduler = DDIMScheduler.from_config(ours.scheduler.config)
     assert pipeline_to_diffusers(ours).scheduler is ours.scheduler
 
 
-def test_published_checkpoints_with_the_old_names_of_attention_load(tmp_path):
-    # google/ddpm-cifar10-32 and its kind store query, key, value and proj_attn.
+def test_checkpoints_with_former_attention_names_load(tmp_path):
+    # google/ddpm-cifar10-32 and others of its time store query, key, value and proj_attn.
     stock = make_stock()
     stock.save_pretrained(tmp_path)
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
@@ -125,12 +127,12 @@ def test_published_checkpoints_with_the_old_names_of_attention_load(tmp_path):
         assert torch.equal(tensor, tensors[name]), name
 
 
-def test_what_the_other_side_cannot_express_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="DDPMPipeline cannot pass class labels on; this model has num_class_embeds=4"):
+def test_unsupported_settings_of_pipelines_are_rejected_by_name(tmp_path):
+    with pytest.raises(ValueError, match="does not support class labels; this model has num_class_embeds=4"):
         pipeline_to_diffusers(make_pipeline(classes=3))
     odd = make_pipeline(channels=3)
     odd.unet.register_to_config(sample_size=(8, 7))
-    with pytest.raises(ValueError, match=r"does not pad: sample_size \(8, 7\) is no multiple of 2"):
+    with pytest.raises(ValueError, match=r"does not pad: sample_size \(8, 7\) is not a multiple of 2"):
         pipeline_to_diffusers(odd)
     with pytest.raises(ValueError, match="DDPMScheduler has no variance_type 'zero'"):
         scheduler_to_diffusers(CustomDDPMScheduler(variance_type="zero"))
@@ -147,8 +149,8 @@ def test_what_the_other_side_cannot_express_is_refused_by_name(tmp_path):
         pipeline_from_diffusers(tmp_path)
 
 
-def test_repositories_from_before_subfolders_load(tmp_path):
-    # google/ddpm-cifar10-32 and its kind: everything at the root, and nothing said of settings that came later.
+def test_repositories_without_subfolders_load(tmp_path):
+    # As google/ddpm-cifar10-32: all files at the root, and no settings that diffusers added later.
     stock = make_stock(variance_type="fixed_large")
     stock.unet.save_config(tmp_path)
     save_file(stock.unet.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
@@ -162,10 +164,10 @@ def test_repositories_from_before_subfolders_load(tmp_path):
     ours = pipeline_from_diffusers(str(tmp_path))
     ours.set_progress_bar_config(disable=True)
     assert ours.scheduler.config.variance_type == "fixed_large"
-    assert abs(draw(stock) - draw(ours)).max() < 1e-4
+    assert abs(generate(stock) - generate(ours)).max() < 1e-4
 
 
-def test_conversion_copies():
+def test_conversion_copies_the_weights():
     ours = make_pipeline(channels=3)
     stock = pipeline_to_diffusers(ours)
     again = pipeline_from_diffusers(stock)
@@ -176,13 +178,13 @@ def test_conversion_copies():
     assert torch.equal(ours.unet.conv_in.weight, kept)
 
 
-def test_another_scheduler_of_a_stock_pipeline_stays_what_it_is():
+def test_from_diffusers_keeps_another_scheduler():
     stock = make_stock()
     stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
     assert pipeline_from_diffusers(stock).scheduler is stock.scheduler
 
 
-def test_a_schedule_without_a_name_in_diffusers_goes_as_its_betas():
+def test_schedule_that_diffusers_does_not_have_is_passed_as_betas():
     stock = scheduler_to_diffusers(CustomDDPMScheduler(num_train_timesteps=10, beta_schedule="exp"))
     with pytest.raises(NotImplementedError):
         DDPMScheduler(num_train_timesteps=10, beta_schedule="exp")
@@ -190,11 +192,11 @@ def test_a_schedule_without_a_name_in_diffusers_goes_as_its_betas():
     torch.testing.assert_close(stock.betas, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
-def test_the_variance_that_diffusers_turns_into_nan_is_refused():
-    # The reason, so that this test says when it is gone (diffusers #14569).
+def test_variance_type_for_which_diffusers_gives_nan_is_rejected():
+    # The reason for the error; this fails when diffusers has fixed it (diffusers #14569).
     stock = DDPMScheduler(variance_type="fixed_large_log")
     assert stock.step(torch.zeros(1, 1, 2, 2), 500, torch.zeros(1, 1, 2, 2)).prev_sample.isnan().any()
-    with pytest.raises(ValueError, match="NaN for variance_type 'fixed_large_log'; use its equal, 'fixed_large'"):
+    with pytest.raises(ValueError, match="NaN for variance_type 'fixed_large_log'; use 'fixed_large', which is"):
         scheduler_to_diffusers(CustomDDPMScheduler(variance_type="fixed_large_log"))
     ours = [CustomDDPMScheduler(variance_type=name) for name in ("fixed_large_log", "fixed_large")]
     log, plain = (
@@ -206,7 +208,7 @@ def test_the_variance_that_diffusers_turns_into_nan_is_refused():
     torch.testing.assert_close(log, plain)
 
 
-def test_what_has_no_place_on_the_other_side_is_refused_by_name():
+def test_unsupported_settings_of_schedulers_are_rejected_by_name():
     analytic = CustomDDPMScheduler(
         num_train_timesteps=2, variance_type="analytic", original_sample_variances=[0.1, 0.2]
     )
@@ -224,7 +226,7 @@ def test_what_has_no_place_on_the_other_side_is_refused_by_name():
         scheduler_to_diffusers(DDPMScheduler())
 
 
-def test_every_setting_of_the_stock_scheduler_is_carried():
+def test_every_setting_of_the_stock_scheduler_is_converted():
     stock = DDPMScheduler(
         num_train_timesteps=30,
         trained_betas=[0.01 * (i + 1) for i in range(30)],
@@ -241,7 +243,7 @@ def test_every_setting_of_the_stock_scheduler_is_carried():
     )
     settings = inspect.signature(DDPMScheduler.__init__).parameters.keys() - {"self"}
     default = DDPMScheduler().config
-    named = {"beta_start", "beta_end", "beta_schedule"}  # not read beside trained_betas
+    named = {"beta_start", "beta_end", "beta_schedule"}  # ignored when trained_betas is given
     assert all(stock.config[name] != default[name] for name in settings - named)
     ours = scheduler_from_diffusers(stock)
     again = scheduler_to_diffusers(ours)
