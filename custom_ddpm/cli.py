@@ -66,7 +66,7 @@ def convert(args: argparse.Namespace) -> None:
     folder = _new_folder(args.output_dir)
     if args.to == "diffusers":
         stock = pipeline_to_diffusers(CustomDDPMPipeline.from_pretrained(args.model))
-        stock.save_pretrained(folder)
+        stock.save_pretrained(folder)  # type: ignore[attr-defined]
     else:
         pipeline_from_diffusers(args.model).save_pretrained(folder)
     print(f"{args.model} as {args.to} in {folder}")
@@ -74,14 +74,14 @@ def convert(args: argparse.Namespace) -> None:
 
 def push(args: argparse.Namespace) -> None:
     """Push a saved pipeline to the Hub: `main`, and the export to diffusers' classes to the branch `diffusers`."""
-    from .hub import push_pipeline
+    from .hub.push import push_pipeline
 
     print(push_pipeline(args.folder, args.repo_id, private=args.private or None))
 
 
 def verify(args: argparse.Namespace) -> None:
     """Check whether the code in a repository is that of this release, and whether anything else makes it unsafe."""
-    from .hub import verify_repository
+    from .hub.verify import verify_repository
 
     problems = verify_repository(args.repository, revision=args.revision)
     if problems:
@@ -95,7 +95,7 @@ def analytic_variance(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from .config import parse_config
-    from .data import normalise
+    from .data.pixels import normalise
     from .objective import estimate_original_sample_variances
     from .scheduler import CustomDDPMScheduler
     from .training.build import CONFIG_FILE, open_data
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
-    from .hub import HubError
+    from .hub.errors import HubError
 
     try:
         args.run(args)

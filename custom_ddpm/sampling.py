@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
-from .data import denormalise
+from .data.pixels import denormalise
 
 
 def sample_images(

@@ -28,7 +28,7 @@ def main(
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("custom_ddpm").setLevel(logging.INFO)
 
-    from .hub import HubError
+    from .hub.errors import HubError
     from .training import train
     from .training.launch import one_line_errors, start_all_cpu_processes
 

@@ -39,7 +39,7 @@ def test_sample_draws_a_picture_for_each_seed(model, tmp_path, capsys):
     for seed, picture in zip((5, 6, 7), expected, strict=True):
         assert np.array_equal(np.asarray(PIL.Image.open(folder / f"seed-{seed}.png")), np.asarray(picture))
     assert f"3 pictures and grid.png in {folder}" in capsys.readouterr().out
-    assert "is there already and not empty" in refused("sample", model, "--output_dir", folder)
+    assert "exists already and is not empty" in refused("sample", model, "--output_dir", folder)
 
 
 def test_convert_there_and_back(tmp_path):

@@ -17,8 +17,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from ..config import TrainingConfig
-from ..data import ImageData, open_images
-from ..hub import BackgroundPush
+from ..data.base import ImageData
+from ..data.sources import open_images
+from ..hub.push import BackgroundPush
 from ..objective import ImportanceSampler, diffusion_loss
 from ..pipelines import CustomDDPMPipeline
 from ..scheduler import CustomDDPMScheduler

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..data import normalise
+from ..data.pixels import normalise
 from ..scheduler import CustomDDPMScheduler
 from .randomness import Draws, UniformSampler, draw
 from .sharding import whole

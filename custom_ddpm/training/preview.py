@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from ..data import ImageData, normalise
-from ..hub import BackgroundPush, write_model_card
+from ..hub.card import write_model_card
+from ..hub.push import BackgroundPush
 from ..objective import diffusion_loss
 from ..pipelines import CustomDDPMPipeline
 from ..sampling import image_grid, sample_images
