@@ -22,12 +22,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from custom_ddpm.journal import Journal
 from diffusers.training_utils import EMAModel
 
-from custom_ddpm import training
-from custom_ddpm.config import parse_config
+from custom_ddpm.flags import parse_config
 from custom_ddpm.scheduler import CustomDDPMScheduler
+from custom_ddpm.training import loop, parts, train
+from custom_ddpm.training.metrics import MetricsLogger
 from custom_ddpm.unet import CustomUNet2DModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -41,9 +41,9 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         (AcceleratedOptimizer, "zero_grad"),
     ],
     "average of the weights": [(EMAModel, "step")],
-    "noise and loss": [(training, "normalise"), (CustomDDPMScheduler, "add_noise"), (training, "diffusion_loss")],
-    "chance": [(training, "draw")],
-    "journal": [(Journal, "add_losses"), (Journal, "add_step")],
+    "noise and loss": [(loop, "normalise"), (CustomDDPMScheduler, "add_noise"), (parts, "diffusion_loss")],
+    "random draws": [(loop, "draw")],
+    "metrics": [(MetricsLogger, "add_losses"), (MetricsLogger, "add_step")],
 }
 WIDE = (
     "--block_out_channels 32 64 128 --layers_per_block 2 --resolution 32 --image_mode RGB --train_batch_size 32".split()
@@ -80,26 +80,26 @@ def measure(flags: list[str], steps: int, warmup: int) -> list[dict[str, float]]
     for part, places in PARTS.items():
         for owner, name in places:
             setattr(owner, name, clocked(kept[owner, name], spent, part))
-    add_step = Journal.add_step
+    add_step = MetricsLogger.add_step
     last = [0.0]
 
-    def end_of_step(journal: Journal, grad_norm: torch.Tensor, skipped: torch.Tensor, waited: float) -> None:
-        add_step(journal, grad_norm, skipped, waited)
+    def end_of_step(metrics: MetricsLogger, grad_norm: torch.Tensor, skipped: torch.Tensor, waited: float) -> None:
+        add_step(metrics, grad_norm, skipped, waited)
         end = now()
         records.append({**spent, "waiting for pictures": waited, "step": end - last[0]})
         spent.clear()
         last[0] = now()
 
-    Journal.add_step = end_of_step  # type: ignore[method-assign]
+    MetricsLogger.add_step = end_of_step  # type: ignore[method-assign]
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
             words = ["--config", str(EXAMPLES / "configs" / "digits.yaml"), "--dataset_name", str(EXAMPLES / "digits")]
             words += ["--output_dir", folder, "--max_train_steps", str(steps + warmup), "--eval_batch_size", "1"]
             words += ["--ddpm_num_inference_steps", "1", "--logging_steps", "1000000", *flags]
-            training.train(parse_config(words))
+            train(parse_config(words))
     finally:
-        Journal.add_step = add_step  # type: ignore[method-assign]
+        MetricsLogger.add_step = add_step  # type: ignore[method-assign]
         for (owner, name), function in kept.items():
             setattr(owner, name, function)
     return records[warmup:]

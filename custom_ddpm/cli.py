@@ -94,11 +94,12 @@ def analytic_variance(args: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
-    from .config import parse_config
     from .data.pixels import normalise
+    from .flags import parse_config
     from .objective import estimate_original_sample_variances
     from .scheduler import CustomDDPMScheduler
-    from .training.build import CONFIG_FILE, open_data
+    from .training.build import CONFIG_FILE
+    from .training.parts import open_data
 
     folder = Path(args.folder)
     pipeline = _load(str(folder))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import parse_config
+from .flags import parse_config
 
 
 def main(

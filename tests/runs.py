@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, get_fsdp2_grad_scaler
 
 from custom_ddpm.config import TrainingConfig
-from custom_ddpm.training import build, loop, train
+from custom_ddpm.training import loop, parts, train
 from custom_ddpm.training.randomness import Draws
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def split(plugin_options: dict[str, Any], cache: str, output_dir: Path, changes:
     accelerate sets it up for GPUs only, torch has it for CPUs too: what accelerate does there is done here.
     """
 
-    class SplitOnCPU(build.Accelerator):
+    class SplitOnCPU(parts.Accelerator):
         def __init__(self, **options: Any):
             super().__init__(**options)
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -151,7 +151,7 @@ def split(plugin_options: dict[str, Any], cache: str, output_dir: Path, changes:
             if options["mixed_precision"] == "fp16":
                 self.native_amp, self.scaler = True, get_fsdp2_grad_scaler(device="cpu")
 
-    build.Accelerator = SplitOnCPU  # type: ignore[misc]
+    parts.Accelerator = SplitOnCPU  # type: ignore[misc]
     _run(cache, output_dir, changes)
 
 

@@ -51,20 +51,17 @@ def training_steps(
     """Train a noise predictor, and yield after every optimiser step.
 
     Args:
-        model: the U-Net, prepared by `accelerator`; called as `model(x_t, t, class_labels=...).sample`.
+        model, optimizer: prepared by `accelerator`; `model(x_t, t, class_labels=...).sample` is the prediction.
         scheduler: the forward process.
-        optimizer: prepared by `accelerator`.
-        lr_scheduler: any object whose `step()` is to be called after each optimiser step.
+        lr_scheduler: its `step()` is called after each optimiser step.
         batches: images uint8 (B, C, H, W) and labels int64 (B,) or None, endless.
         accelerator: its `gradient_accumulation_steps` batches make one step.
         loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
-        max_train_steps: optimiser steps of the whole run.
-        first_step: optimiser steps that were done before.
+        max_train_steps, first_step: optimiser steps of the whole run, and those done before.
         seed: seed of the random draws; see `randomness.draw`.
         timestep_sampler: draws t; `UniformSampler` if None.
         random_flip: whether pictures are flipped left-right at random.
-        label_dropout: probability that a label is replaced by `null_label`, for classifier-free guidance.
-        null_label: the label that stands for no class.
+        label_dropout, null_label: probability of replacing a label by `null_label`, for classifier-free guidance.
         max_grad_norm: norm that the gradients are clipped to.
         memory_format: memory layout of x_t.
     """

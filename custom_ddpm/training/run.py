@@ -11,10 +11,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from ..config import TrainingConfig
-from .build import CONFIG_FILE, Resumed, Run, build_accelerator, build_run
+from .build import CONFIG_FILE, Resumed, Run, build_run
 from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, save_checkpoint
 from .loop import TrainingStep, training_steps
 from .metrics import TimedBatches, read_metrics
+from .parts import build_accelerator
 from .stopping import StopRequest
 
 logger = get_logger(__name__, log_level="INFO")

@@ -29,13 +29,13 @@ from runs import (
 )
 
 from custom_ddpm import CustomDDPMPipeline
-from custom_ddpm.config import parse_config
 from custom_ddpm.data import open_images, sample_order
+from custom_ddpm.flags import parse_config
 from custom_ddpm.hub import verify_repository
-from custom_ddpm.training import build, loop, preview
+from custom_ddpm.training import build, loop, parts, preview
 from custom_ddpm.training import run as run_module
-from custom_ddpm.training.build import build_scheduler, build_unet
 from custom_ddpm.training.checkpoint import find_checkpoint, list_checkpoints
+from custom_ddpm.training.parts import build_scheduler, build_unet
 from custom_ddpm.training.randomness import draw
 
 CPU = torch.device("cpu")
@@ -517,7 +517,7 @@ def poison(monkeypatch):
     """Makes the loss of the first picture of chosen steps not finite."""
 
     def poison(steps, value=float("nan")):
-        now, draw, loss = [0], loop.draw, build.diffusion_loss
+        now, draw, loss = [0], loop.draw, parts.diffusion_loss
 
         def note_step(seed, step, *arguments):
             now[0] = step
@@ -530,7 +530,7 @@ def poison(monkeypatch):
             return losses
 
         monkeypatch.setattr(loop, "draw", note_step)
-        monkeypatch.setattr(build, "diffusion_loss", poisoned)
+        monkeypatch.setattr(parts, "diffusion_loss", poisoned)
 
     return poison
 
@@ -577,7 +577,7 @@ def test_out_of_memory_names_what_lowers_it(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(build, "diffusion_loss", full)
+    monkeypatch.setattr(parts, "diffusion_loss", full)
     with pytest.raises(MemoryError) as caught:
         run(tmp_path)
     for part in ("--train_batch_size 4 at 8x8", "--gradient_accumulation_steps", "--gradient_checkpointing", "bf16"):
@@ -686,7 +686,7 @@ def test_the_recipe_of_the_paper_is_that_of_the_paper():
     scheduler = build_scheduler(config)
     assert (scheduler.betas[0].item(), scheduler.betas[-1].item(), len(scheduler)) == pytest.approx((1e-4, 0.02, 1000))
     parameter = torch.nn.Parameter(torch.zeros(()))
-    ema = build.build_ema(config, [parameter])
+    ema = parts.build_ema(config, [parameter])
     decays = [ema.get_decay(step) for step in (2, 3, 1000, 800_000)]
     assert decays == [0.9999] * 4
 
@@ -760,12 +760,12 @@ def test_what_saves_memory_or_time_changes_no_number_beyond_rounding(tmp_path, c
 def fp16_on_cpu(monkeypatch):
     """accelerate leaves fp16 out on a CPU, where torch has it: what it sets up on a GPU, set up here."""
 
-    class WithScaler(build.Accelerator):
+    class WithScaler(parts.Accelerator):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu")
 
-    monkeypatch.setattr(build, "Accelerator", WithScaler)
+    monkeypatch.setattr(parts, "Accelerator", WithScaler)
 
 
 def trains_like_single_precision(tmp_path, precision):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from custom_ddpm.training import build, loop
+from custom_ddpm.training import build, loop, parts
 from custom_ddpm.training import state as state_module
 from custom_ddpm.training.checkpoint import find_checkpoint, list_checkpoints
 from custom_ddpm.training.sharding import check_strategy
@@ -176,14 +176,14 @@ def test_a_split_run_with(tmp_path, changes, weights, losses):
 
 def poisoned(output_dir, cache, changes):
     """Train, with a loss that is not a number on the second process in step 6."""
-    draw, loss, now = loop.draw, build.diffusion_loss, []
+    draw, loss, now = loop.draw, parts.diffusion_loss, []
 
     def note(seed, step, positions, *arguments):
         now[:] = [step, positions.start]
         return draw(seed, step, positions, *arguments)
 
     loop.draw = note
-    build.diffusion_loss = lambda *a, **k: loss(*a, **k) * (float("nan") if now == [6, 4] else 1.0)
+    parts.diffusion_loss = lambda *a, **k: loss(*a, **k) * (float("nan") if now == [6, 4] else 1.0)
     split(BLOCKS, cache, output_dir, changes)
 
 

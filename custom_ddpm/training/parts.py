@@ -1,0 +1,180 @@
+"""Building the parts of a training run, each from the settings of the configuration that concern it."""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from diffusers.training_utils import EMAModel
+
+from ..config import TrainingConfig
+from ..data.base import ImageData
+from ..data.sources import open_images
+from ..objective import diffusion_loss
+from ..pipelines import CustomDDPMPipeline
+from ..scheduler import CustomDDPMScheduler
+from ..schedules import BETA_RANGES, make_betas, resample_betas
+from ..unet import CustomUNet2DModel
+from .loop import Loss
+from .sharding import check_strategy
+
+PATIENCE = timedelta(hours=6)  # that processes wait for one that decodes a large dataset or writes a large checkpoint
+
+
+def build_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator of a run, with the processes and devices that it was launched on.
+
+    Raises:
+        ValueError: accelerate is configured for something that is not supported.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to or None,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    check_strategy(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # Otherwise accelerate keeps full gradients, in half precision, on every process until the last batch.
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        # accelerate would silently train in single precision.
+        raise ValueError("--mixed_precision is fp16, which a CPU has no training for; it must be bf16 or no")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    return accelerator
+
+
+def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tuple[ImageData, ImageData | None]:
+    """The pictures to train on, and the held-out ones if there are any."""
+    options: dict[str, Any] = {
+        "dataset_name": config.dataset_name,
+        "dataset_config_name": config.dataset_config_name,
+        "dataset_revision": config.dataset_revision,
+        "train_data_dir": config.train_data_dir,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        "class_conditional": config.class_conditional,
+        "background": config.background,
+        "resolution": config.resolution if len(config.resolution) == 2 else config.resolution[0],
+        "streaming": config.streaming,
+        "on_bad_image": config.on_bad_image,
+        "num_workers": config.dataloader_num_workers,
+        "cache_dir": config.cache_dir,
+        "seed": config.seed,
+    }
+    # One process of each machine decodes; the others then read its result from the cache.
+    with state.local_main_process_first():
+        data = open_images(split=config.split, image_mode=config.image_mode, center_crop=config.center_crop, **options)
+        validation = None
+        if config.validation_split is not None:
+            held_out = {**options, "id2label": data.id2label, "center_crop": True, "image_mode": data.mode}
+            validation = open_images(split=config.validation_split, **held_out)
+    return data, validation
+
+
+def build_scheduler(config: TrainingConfig) -> CustomDDPMScheduler:
+    """The noise scheduler. A schedule given by a range of β keeps the shape that it has at T = 1000 for any T."""
+    trained_betas = None
+    if config.ddpm_num_steps != 1000 and config.ddpm_beta_schedule in BETA_RANGES:
+        trained_betas = resample_betas(make_betas(config.ddpm_beta_schedule), config.ddpm_num_steps).tolist()
+    return CustomDDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        trained_betas=trained_betas,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+
+
+def build_unet(config: TrainingConfig, data: ImageData) -> CustomUNet2DModel:
+    """A new U-Net; by default with attention at levels of 16x16 pixels or less, as in the paper."""
+    height, width = data.height, data.width
+    down_block_types = config.down_block_types or [
+        "AttnDownBlock2D" if max(height, width) / 2**level <= 16 else "DownBlock2D"
+        for level in range(len(config.block_out_channels))
+    ]
+    learned = config.variance_type in ("learned", "learned_range")
+    return CustomUNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=data.channels,
+        out_channels=data.channels * (2 if learned else 1),
+        block_out_channels=tuple(config.block_out_channels),
+        down_block_types=tuple(down_block_types),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down_block_types)),
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        dropout=config.dropout,
+        num_class_embeds=None if data.id2label is None else len(data.id2label) + (config.label_dropout > 0),
+    )
+
+
+def build_ema(config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]) -> EMAModel:
+    """The average of the weights: decay 1 - (1 + step/inv_gamma)^-power, at most ema_max_decay."""
+    return EMAModel(
+        parameters,
+        decay=config.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=True,
+    )
+
+
+def build_model(config: TrainingConfig, data: ImageData) -> tuple[CustomUNet2DModel, CustomDDPMScheduler]:
+    """The U-Net and the noise scheduler that training starts from: new ones, or those of --init_from.
+
+    Raises:
+        ValueError: the pipeline of --init_from does not fit the pictures or the flags.
+    """
+    if config.init_from is None:
+        return build_unet(config, data), build_scheduler(config)
+    pipeline = CustomDDPMPipeline.from_pretrained(config.init_from)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    needed = build_unet(config, data).config
+    for name in ("in_channels", "out_channels", "num_class_embeds"):
+        if unet.config[name] != needed[name]:
+            raise ValueError(
+                f"--init_from {config.init_from}: its {name} is {unet.config[name]}, these pictures and flags need "
+                f"{needed[name]}"
+            )
+    wanted = {
+        "ddpm_num_steps": scheduler.config.num_train_timesteps,
+        "prediction_type": scheduler.config.prediction_type,
+        "variance_type": scheduler.config.variance_type,
+    }
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"--{name} is {getattr(config, name)!r}; the model of --init_from was made with {value!r}")
+    unet.register_to_config(sample_size=needed.sample_size)
+    return unet, scheduler
+
+
+def build_optimizer(config: TrainingConfig, unet: CustomUNet2DModel) -> torch.optim.Optimizer:
+    """AdamW; fused, because only a fused optimiser can skip a step without the host waiting for the device."""
+    return torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def build_loss(config: TrainingConfig) -> Loss:
+    """The loss of `training_steps`."""
+    return partial(
+        diffusion_loss,
+        loss_type=config.loss_type,
+        loss_weighting=config.loss_weighting,
+        snr_gamma=config.snr_gamma,
+    )
