@@ -46,10 +46,15 @@ def _default_text(value: Any) -> str:
     return f" (default: {' '.join(map(str, words))})"
 
 
+def _program(prog: str) -> str:
+    """How the program is started, without its launcher."""
+    return prog.removeprefix("accelerate launch ").removeprefix("-m ")
+
+
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of the training flags, in groups, `--config` first."""
     parser = _Parser(
-        prog=prog,
+        prog=_program(prog),
         usage=f"{prog} [--config FILE] [--flag value ...]",
         description="Train a DDPM on pictures. Flags may be written with dashes or underscores.",
         allow_abbrev=False,
@@ -145,7 +150,7 @@ def parse_config(
     parser, argv = make_parser(prog), _underscored(argv)
 
     def fail(message: object) -> NoReturn:
-        parser.exit(2, f"{prog.split()[-1]}: error: {message}\n")
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", "dataset_name", "train_data_dir"):
