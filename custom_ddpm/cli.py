@@ -14,7 +14,7 @@ from .config import parse_config
 from .convert import pipeline_from_diffusers, pipeline_to_diffusers
 from .data import normalise
 from .hub import HubError, push_pipeline, verify_repository
-from .objective import estimate_original_sample_variances
+from .likelihood import estimate_original_sample_variances
 from .pipelines import CustomDDPMPipeline
 from .sampling import image_grid, sample_images
 from .scheduler import CustomDDPMScheduler

@@ -82,7 +82,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         steps_offset: added to the timesteps of "leading".
         rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2024); not possible with "epsilon".
         original_sample_variances: T numbers E[Var(x_0 | x_t)] per pixel, for variance_type "analytic"; see
-            `objective.estimate_original_sample_variances`.
+            `likelihood.estimate_original_sample_variances`.
 
     Attributes:
         betas, alphas, alphas_cumprod: float32 (T,) on the CPU: β_t, α_t = 1−β_t, ᾱ_t.

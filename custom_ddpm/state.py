@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .objective import ImportanceSampler
+from .likelihood import ImportanceSampler
 from .posthoc_ema import PostHocEMA, save_snapshot
 from .sharding import forget_whole, join, local_part, part_of
 from .unet import CustomUNet2DModel

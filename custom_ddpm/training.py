@@ -35,7 +35,8 @@ from .data import ImageData, normalise, open_images
 from .hub import BackgroundPush, write_model_card
 from .journal import Journal, read_metrics
 from .launch import launcher_pid
-from .objective import ImportanceSampler, diffusion_loss
+from .likelihood import ImportanceSampler
+from .objective import diffusion_loss
 from .pipelines import CustomDDPMPipeline
 from .posthoc_ema import PostHocEMA
 from .sampling import image_grid, sample_images
