@@ -59,7 +59,7 @@ def test_the_256_bins_add_up_to_one(std, dtype):
 
 
 def exact_log_bin(k, mean, std):
-    """log P of pixel value k: the upper tail, where the bin is above the mean, as the lower one of the mirror image."""
+    """log P of pixel value k; a bin in the lower tail is reflected, for precision."""
     if k < (mean + 1) * 127.5:
         k, mean = 255 - k, -mean
     low = mpmath.inf if k == 255 else ((k + 0.5) / reference.mpf("127.5") - 1 - mean) / std
@@ -69,7 +69,7 @@ def exact_log_bin(k, mean, std):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-4)])
 def test_the_decoder_is_a_difference_of_distribution_functions(dtype, tolerance):
-    """Also far out in the tail, where the difference itself is 0 in float32."""
+    """Also far in the tail, where the difference underflows to 0 in float32."""
     for std in (2e-3, 0.0078, 0.05, 0.3, 2.0):
         for mean in (-1.1, -0.4, 0.2, 1.0):
             index = torch.tensor([0, 1, 40, 100, 127, 128, 153, 200, 254, 255])
@@ -101,7 +101,7 @@ def test_the_gradient_of_the_decoder_is_finite_and_right():
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "analytic"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_vlb_terms_by_the_formulas(prediction_type, variance_type):
-    """KL of N(μ̃, β̃) and N(μ_θ, σ²), with both means from R4, in forty digits."""
+    """KL of N(μ̃, β̃) and N(μ_θ, σ²), with both means from R4, in 40-digit arithmetic."""
     scheduler = make(
         prediction_type=prediction_type, variance_type=variance_type, original_sample_variances=[0.05] * 1000
     )
@@ -145,7 +145,7 @@ def test_the_first_vlb_term_is_the_decoder():
 
 @pytest.mark.parametrize("schedule", ["exp", "linear"])
 def test_the_bound_is_tight_where_the_model_is_exact(schedule):
-    """Gaussian data, the exact reverse process: L_T + Σ L_{t−1} + L_0 is the entropy of the data, to the bit.
+    """For Gaussian data and the exact reverse process, L_T + Σ L_{t−1} + L_0 is the entropy of the data.
 
     x_0 and ε are integrated by Gauss-Hermite quadrature. The decoder's bins, 2/255 wide, take a density to a
     probability as long as its σ is wide beside them, which a first β of 0.012 sees to.
@@ -177,7 +177,7 @@ def test_the_bound_is_tight_where_the_model_is_exact(schedule):
     assert (terms > 0).all()
 
 
-def test_clipping_can_be_left_out_of_the_bound():
+def test_clipping_is_optional_in_the_bound():
     scheduler = make(clip_sample=True, prediction_type="sample")
     t = torch.tensor([500])
     x_0, _, x_t = batch(scheduler, t)
@@ -197,7 +197,7 @@ def test_prior_term(dtype):
             assert ours == pytest.approx(float(nats / reference.log(2)), rel=1e-6)
 
 
-def test_without_variance_there_is_no_bound():
+def test_variance_type_zero_has_no_bound():
     scheduler, t = make(variance_type="zero"), torch.tensor([5])
     x_0, noise, x_t = batch(scheduler, t)
     with pytest.raises(ValueError, match="variance_type 'zero' has no likelihood"):
@@ -213,7 +213,7 @@ def test_sampler_defaults_are_those_of_the_paper():
     assert ImportanceSampler(2).history[:, :-1].shape == (2, 10)
 
 
-def test_timesteps_are_uniform_until_every_one_is_known():
+def test_timesteps_are_uniform_until_every_history_is_full():
     sampler = ImportanceSampler(4, history_per_timestep=2)
     uniforms = (torch.arange(8) + 0.5) / 8
     sampler.update(torch.tensor([0, 0, 1, 1, 2, 2, 3]), torch.tensor([9.0, 9, 1, 1, 1, 1, 1]))
@@ -239,7 +239,7 @@ def test_probabilities_follow_the_root_of_the_second_moment():
     timesteps, weights = sampler.sample((torch.arange(n) + 0.5) / n)
     np.testing.assert_allclose(np.bincount(timesteps, minlength=T) / n, expected, atol=2e-5)
     np.testing.assert_allclose(weights.numpy(), 1 / (T * expected[timesteps.numpy()]), rtol=1e-5)
-    # The weighted mean over draws is the plain mean over t, whatever is averaged.
+    # The weighted mean over the draws estimates the mean over t, for any function of t.
     value = torch.tensor(rng.standard_normal(T))
     assert (weights.double() * value[timesteps]).mean().item() == pytest.approx(value.mean().item(), abs=2e-4)
 
@@ -269,7 +269,7 @@ def test_the_history_holds_the_latest_losses(T, history, batches):
 def test_the_draw_is_a_function_of_the_uniforms_at_the_edges_too():
     sampler = ImportanceSampler(1000)
     edges = torch.tensor([0.0, 1.0 - 2**-24])
-    for T in range(1, 400):  # for some of them the float32 probabilities add up to less than the upper edge
+    for T in range(1, 400):  # for some T the float32 probabilities sum to less than the upper edge
         assert ImportanceSampler(T).sample(edges)[0].tolist() == [0, T - 1]
     uniforms = torch.rand(64, generator=torch.Generator().manual_seed(0))
     first, again = sampler.sample(uniforms), sampler.sample(uniforms)
@@ -289,14 +289,14 @@ def test_the_sampler_is_saved_and_restored():
     assert torch.equal(again.history, sampler.history) and torch.equal(again.counts, sampler.counts)
 
 
-def test_the_sampler_does_not_wait_for_the_device():
+def test_the_sampler_does_not_synchronise_with_the_device():
     sampler = ImportanceSampler(10).to("meta")
     timesteps, weights = sampler.sample(torch.empty(5, device="meta"))
     sampler.update(timesteps, weights)
     assert timesteps.shape == weights.shape == (5,)
 
 
-def test_losses_that_are_remembered_carry_no_graph():
+def test_the_history_has_no_autograd_graph():
     sampler = ImportanceSampler(3)
     sampler.update(torch.tensor([0]), torch.tensor([1.0], requires_grad=True) * 2)
     assert not sampler.history.requires_grad
@@ -306,7 +306,7 @@ def test_losses_that_are_remembered_carry_no_graph():
 
 
 def gaussian_model(scheduler, v, learned=False):
-    """The best ε for data N(0, v·I)."""
+    """The optimal ε-prediction for data N(0, v·I)."""
 
     def model(sample, timesteps, class_labels):
         a = scheduler.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
@@ -339,13 +339,13 @@ def test_the_estimate_is_the_variance_of_x_0_given_x_t(v, variance_type):
     measured = np.unique(np.linspace(0, 999, 40).round().astype(int))
     ratio = np.array(variances) / exact_variances(v)
     assert np.abs(ratio[measured] - 1).max() < 4 * math.sqrt(2 / numbers)
-    # Between the measured ones: exact for v = 1, and to some percent where the error bends.
+    # Interpolated timesteps: exact for v = 1, otherwise within a few percent.
     assert np.abs(ratio - 1).max() < (4 * math.sqrt(2 / numbers) if v == 1.0 else 0.08)
     ready = CustomDDPMScheduler(variance_type="analytic", original_sample_variances=variances)
     assert ready.config.original_sample_variances == variances
 
 
-def test_all_timesteps_can_be_measured_and_a_seed_repeats_it():
+def test_all_timesteps_can_be_measured_and_a_seed_reproduces_the_estimate():
     scheduler = make(20, beta_end=0.5)
     products = reference.floats(reference.alphas_cumprod(reference.betas("linear", 20, 1e-4, 0.5)))
 
@@ -363,7 +363,7 @@ def test_all_timesteps_can_be_measured_and_a_seed_repeats_it():
     assert estimate(0) == estimate(0) != estimate(1)
 
 
-def test_class_labels_reach_the_model_and_clipping_is_measured_too():
+def test_class_labels_reach_the_model_and_clipping_is_included():
     seen = []
     scheduler = make(4, clip_sample=True, prediction_type="sample")
 
@@ -377,17 +377,17 @@ def test_class_labels_reach_the_model_and_clipping_is_measured_too():
     assert variances == pytest.approx([1.0] * 4)  # 9 clipped to 1, data at 0
 
 
-def test_a_perfect_model_has_no_variance_left():
+def test_a_perfect_model_has_the_smallest_variance():
     scheduler = make(4, prediction_type="sample")
     variances = estimate_original_sample_variances(
         lambda sample, timesteps, class_labels: SimpleNamespace(sample=torch.zeros_like(sample)),
         scheduler,
         [(torch.zeros(2, 1, 2, 2), None)],
     )
-    assert variances == pytest.approx([1e-20] * 4, rel=1e-9, abs=0.0)  # the least that has a logarithm
+    assert variances == pytest.approx([1e-20] * 4, rel=1e-9, abs=0.0)  # the lower bound used for the logarithm
 
 
-def test_between_the_measured_timesteps_a_power_law_is_met_exactly():
+def test_interpolation_is_exact_for_a_power_law():
     scheduler = make(prediction_type="sample")
     products = reference.alphas_cumprod(reference.betas("linear"))
     expected = 0.01 * reference.floats((1 - a) ** reference.mpf("1.5") for a in products)
@@ -401,6 +401,6 @@ def test_between_the_measured_timesteps_a_power_law_is_met_exactly():
     np.testing.assert_allclose(variances, expected, rtol=1e-5)
 
 
-def test_no_data_is_an_error():
+def test_no_batches_raise():
     with pytest.raises(ValueError, match="batches is empty"):
         estimate_original_sample_variances(gaussian_model(make(), 1.0), make(), [])

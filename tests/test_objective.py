@@ -15,14 +15,14 @@ from custom_ddpm.scheduler import PREDICTION_TYPES
 # ---- L_simple ----
 
 
-def test_training_target_is_what_the_prediction_type_names():
+def test_training_target_follows_the_prediction_type():
     t = torch.tensor([0, 400, 999])
     for prediction_type in PREDICTION_TYPES:
         scheduler = make(prediction_type=prediction_type)
         x_0, noise, x_t = batch(scheduler, t)
         target = training_target(scheduler, x_0, noise, t)
         assert target.shape == x_0.shape
-        # A model that hits its target knows x_0.
+        # The exact target determines x_0.
         torch.testing.assert_close(scheduler.predict_original_sample(target, t, x_t), x_0, rtol=1e-9, atol=1e-10)
         assert simple_loss(scheduler, target, x_0, noise, t).tolist() == [0, 0, 0]
 
@@ -36,8 +36,8 @@ def test_uniform_simple_loss_is_the_mean_squared_error():
 
 
 @pytest.mark.parametrize("loss_weighting", ["min_snr", "p2"])
-def test_a_weighting_means_the_same_loss_for_every_prediction_type(loss_weighting):
-    """Predictions of one and the same wrong x̂_0, said in three ways."""
+def test_a_weighting_gives_the_same_loss_for_every_prediction_type(loss_weighting):
+    """The same x̂_0 with an error, as each of the three prediction types."""
     t = torch.tensor([0, 20, 150, 400, 800, 999])
     losses = []
     for prediction_type in PREDICTION_TYPES:
@@ -91,7 +91,7 @@ def test_weights_at_zero_terminal_snr_are_finite():
             assert loss_weights(scheduler, torch.tensor([999]), loss_weighting).isfinite().all()
 
 
-# ---- what the training loop calls ----
+# ---- diffusion_loss ----
 
 
 def random_output(x_0, seed=1, dtype=torch.float64, learned=True):
@@ -103,7 +103,7 @@ def random_output(x_0, seed=1, dtype=torch.float64, learned=True):
 
 
 @pytest.mark.parametrize("variance_type", ["learned_range", "learned"])
-def test_hybrid_teaches_the_mean_by_L_simple_and_the_variance_by_L_vlb(variance_type):
+def test_hybrid_trains_the_mean_by_L_simple_and_the_variance_by_L_vlb(variance_type):
     scheduler = make(variance_type=variance_type)
     t = torch.tensor([0, 1, 300, 999])
     x_0, noise, x_t = batch(scheduler, t)
@@ -123,7 +123,7 @@ def test_hybrid_teaches_the_mean_by_L_simple_and_the_variance_by_L_vlb(variance_
     assert (gradients["vlb"][0] != 0).any() and (gradients["vlb"][1] != 0).any()
 
 
-def test_the_weighting_reaches_L_simple_in_every_loss_that_has_it():
+def test_the_weighting_applies_to_L_simple_in_every_loss_that_contains_it():
     scheduler = make(variance_type="learned_range")
     t = torch.tensor([3, 300])
     x_0, noise, x_t = batch(scheduler, t)
@@ -152,7 +152,7 @@ def test_losses_and_gradients_are_finite_in_mixed_precision(output_dtype, predic
     loss = diffusion_loss(scheduler, output, x_0, noise, x_t, t, loss_type=loss_type)
     assert loss.dtype == torch.float32 and loss.isfinite().all()
     loss.mean().backward()
-    if output_dtype != torch.float16:  # whose gradients need a scaler
+    if output_dtype != torch.float16:  # float16 gradients need loss scaling
         assert output.grad.isfinite().all() and (output.grad.flatten(1).abs().sum(1) > 0).all()
     exact = diffusion_loss(
         scheduler, output.detach().double(), x_0.double(), noise.double(), x_t.double(), t, loss_type=loss_type
@@ -175,8 +175,8 @@ def test_a_loss_does_not_depend_on_the_rest_of_the_batch(loss_type):
 
 @pytest.mark.parametrize("loss_type", ["simple", "vlb", "hybrid"])
 @pytest.mark.parametrize("loss_weighting", ["uniform", "min_snr", "p2"])
-def test_no_loss_waits_for_the_device(loss_type, loss_weighting):
-    """On the meta device nothing has a value, so that any wait for one is an error."""
+def test_no_loss_synchronises_with_the_device(loss_type, loss_weighting):
+    """Tensors on the meta device have no values, so any synchronisation raises an error."""
     scheduler = make(variance_type="learned_range")
     x, t = torch.empty(3, 2, 4, 4, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
     loss = diffusion_loss(
@@ -185,7 +185,7 @@ def test_no_loss_waits_for_the_device(loss_type, loss_weighting):
     assert loss.shape == (3,) and loss.device.type == "meta"
 
 
-def test_the_losses_refuse_what_they_cannot_do():
+def test_invalid_arguments_raise():
     scheduler = make()
     t = torch.tensor([5])
     x_0, noise, x_t = batch(scheduler, t)
