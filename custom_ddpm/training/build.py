@@ -15,7 +15,7 @@ from diffusers.optimization import get_scheduler
 from ..config import TrainingConfig
 from ..data.base import ImageData
 from ..hub.push import BackgroundPush
-from ..objective import ImportanceSampler
+from ..likelihood import ImportanceSampler
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
 from .checkpoint import differing_settings

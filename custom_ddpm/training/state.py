@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..objective import ImportanceSampler
+from ..likelihood import ImportanceSampler
 from ..unet import CustomUNet2DModel
 from .ema import PostHocEMA, save_snapshot
 from .sharding import join, local_part, part_of, reshard
