@@ -23,7 +23,7 @@ import re
 import secrets
 import threading
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -82,7 +82,7 @@ class Repo:
     def commit(self, branch: str, title: str, files: dict[str, File]) -> Commit:
         parent = self.branches.get(branch)
         sha = hashlib.sha1(f"{self.id}{parent}{title}{secrets.token_hex(8)}".encode()).hexdigest()
-        date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         self.commits[sha] = Commit(sha, parent, title, dict(sorted(files.items())), date)
         self.branches[branch] = sha
         return self.commits[sha]
