@@ -1,4 +1,4 @@
-"""The configuration of a training run: one dataclass is the command-line flags, the YAML keys and the saved settings.
+"""The configuration of a training run: one dataclass defines the flags, the YAML keys and the saved settings.
 
 Flags have the names of diffusers' `train_unconditional.py` where they mean the same. This module does not import torch.
 """
@@ -233,12 +233,12 @@ def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
         yield "down_block_types", known and len(config.down_block_types) == len(channels), rule
     both = config.dataset_name is not None and config.train_data_dir is not None
     yield "train_data_dir", not both, "give either it or --dataset_name"
-    infinite = config.loss_type != "simple" and config.variance_type == "zero"
-    yield "loss_type", not infinite, "the bound is infinite with --variance_type zero"
-    untrained = config.loss_type == "simple" and config.variance_type in ("learned", "learned_range")
-    yield "variance_type", not untrained, "it is trained by --loss_type hybrid or vlb only"
-    blind = config.rescale_betas_zero_snr and config.prediction_type == "epsilon"
-    yield "prediction_type", not blind, "zero terminal SNR needs v_prediction or sample"
+    infinite_bound = config.loss_type != "simple" and config.variance_type == "zero"
+    yield "loss_type", not infinite_bound, "the bound is infinite with --variance_type zero"
+    variance_is_untrained = config.loss_type == "simple" and config.variance_type in ("learned", "learned_range")
+    yield "variance_type", not variance_is_untrained, "it is trained by --loss_type hybrid or vlb only"
+    x_0_is_lost = config.rescale_betas_zero_snr and config.prediction_type == "epsilon"
+    yield "prediction_type", not x_0_is_lost, "zero terminal SNR needs v_prediction or sample"
     steps = config.ddpm_num_inference_steps
     rule = f"it must not be more than --ddpm_num_steps, {config.ddpm_num_steps}"
     yield "ddpm_num_inference_steps", steps is None or steps <= config.ddpm_num_steps, rule

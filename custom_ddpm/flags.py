@@ -94,7 +94,7 @@ def _yaml_words(path: str) -> list[str]:
     """The keys of a YAML file as command-line words.
 
     Raises:
-        ValueError: the file cannot be read, is no mapping, or has a key or value that cannot be meant.
+        ValueError: the file cannot be read, is no mapping, or has an unknown key or an invalid value.
     """
     import yaml
 
@@ -132,7 +132,7 @@ def _yaml_value(spec: dataclasses.Field, value: Any) -> list[str]:
         # YAML reads an unquoted no, off, yes or on as a truth value.
         word = "no" if value is False else "yes"
         if word not in (choices_of(spec) or ()):
-            raise ValueError(f"is read as {str(value).lower()} by YAML; write the text that is meant in quotes")
+            raise ValueError(f"is read as {str(value).lower()} by YAML; put the value in quotes")
         value = word
     return [f"--{spec.name}", *map(str, value if isinstance(value, list) else [value])]
 

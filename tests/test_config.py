@@ -143,7 +143,7 @@ def test_what_yaml_makes_of_words(capsys, tmp_path):
     assert (config.mixed_precision, config.use_ema, config.learning_rate) == ("no", False, 1e-3)
     for text, line in [
         ("background: #202020", "background has no value; in YAML a value that begins with # must stand in quotes"),
-        ("split: yes", "split is read as true by YAML; write the text that is meant in quotes"),
+        ("split: yes", "split is read as true by YAML; put the value in quotes"),
         ("seed: [1, 2]", "seed is [1, 2]; it must be one value"),
         ("seed: {a: 1}", "seed is {'a': 1}; it must be one value"),
         ("mixed_precision: on", "mixed_precision is read as true by YAML"),

@@ -1,4 +1,4 @@
-"""Building a training run from its configuration. The rest of the package gets built objects, not the configuration."""
+"""Building a training run from its configuration. The loop and what runs beside it get the built objects only."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ FIXED_SETTINGS = (
     "class_conditional label_dropout ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr prediction_type "
     "variance_type timestep_sampling use_ema posthoc_ema_steps init_from seed"
 ).split()
-OWN_SETTINGS = ("output_dir", "resume_from_checkpoint")  # those that belong to one start of a run
+UNCOMPARED_SETTINGS = ("output_dir", "resume_from_checkpoint")  # may differ at every start
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint and its metadata
 
@@ -56,13 +56,13 @@ class Run:
     state: TrainingState
     data: ImageData
     batch_size: int  # pictures in a batch of one process
-    first_step: int  # optimiser steps done before
-    first_sample: int  # pictures seen before
+    first_step: int  # optimiser steps done before this start; 0 for a new run
+    first_sample: int  # pictures seen before this start
     max_train_steps: int  # optimiser steps of the whole run
     loop_options: dict[str, Any]  # further arguments of `training_steps`
     metrics: MetricsLogger
     preview: Preview
-    settings: dict[str, Any]  # what the metadata of checkpoints record
+    settings: dict[str, Any]  # stored in the metadata of each checkpoint
     # Optimiser steps between checkpoints, sample grids, snapshots of the post-hoc averages, lines of metrics.
     checkpointing_steps: int
     save_images_steps: int
@@ -77,21 +77,23 @@ class Run:
         return self.batch_size * self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
 
 
-def _place(config: TrainingConfig, unet: CustomUNet2DModel, accelerator: Accelerator) -> torch.memory_format:
+def _apply_memory_settings(
+    config: TrainingConfig, unet: CustomUNet2DModel, accelerator: Accelerator
+) -> torch.memory_format:
     """Apply the settings for memory and speed to the U-Net; returns the memory layout of its inputs."""
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    if accelerator.distributed_type != DistributedType.FSDP:  # which needs contiguous weights
+    if accelerator.distributed_type != DistributedType.FSDP:  # FSDP needs contiguous weights
         unet.to(memory_format=memory_format)
     if config.torch_compile:
-        # In place, so that the weights keep their names; once per shape, of which there are few.
+        # In place, so that parameter names get no prefix; one compilation per input shape, of which there are few.
         unet.compile(dynamic=False)
     return memory_format
 
 
 def _max_train_steps(config: TrainingConfig, data: ImageData, global_batch: int, step: int, samples_seen: int) -> int:
-    """Optimiser steps of the whole run: --max_train_steps, or what --num_epochs leaves to do at the present batch."""
+    """Optimiser steps of the whole run: --max_train_steps, or what completes --num_epochs at this batch size."""
     if config.max_train_steps is not None:
         return config.max_train_steps
     if data.num_images is None:
@@ -100,7 +102,7 @@ def _max_train_steps(config: TrainingConfig, data: ImageData, global_batch: int,
 
 
 def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed | None) -> Run:
-    """Build everything that a run consists of, in an output folder that is locked.
+    """Build everything that a run consists of. The output folder must be locked.
 
     Args:
         config: settings of the run.
@@ -108,13 +110,13 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
         resumed: checkpoint to resume from and its metadata; None for a new run.
 
     Raises:
-        ValueError, OSError: something does not fit; one line, before the first step.
+        ValueError, OSError: invalid settings, data or checkpoint; one line, before the first step.
     """
     data, validation_data = open_data(config, accelerator)
     logger.info(data.describe())
     torch.manual_seed(config.seed)
     unet, scheduler = build_model(config, data)
-    memory_format = _place(config, unet, accelerator)
+    memory_format = _apply_memory_settings(config, unet, accelerator)
 
     first_step, first_sample = (resumed[1]["step"], resumed[1]["samples_seen"]) if resumed else (0, 0)
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
@@ -153,12 +155,12 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
         metrics=metrics,
         preview=_build_preview(config, accelerator, state, scheduler, metrics, data, validation_data),
         settings=settings,
-        **{name: getattr(config, name) for name in SCHEDULE_SETTINGS},
+        **{name: getattr(config, name) for name in INTERVAL_SETTINGS},
     )
 
 
 # Settings that `Run` takes over by name.
-SCHEDULE_SETTINGS = (
+INTERVAL_SETTINGS = (
     "checkpointing_steps save_images_steps posthoc_ema_steps logging_steps checkpoints_total_limit max_train_time"
 ).split()
 
@@ -199,9 +201,9 @@ def _loop_options(
 def _resume(resumed: Resumed, settings: dict[str, Any], state: TrainingState, lr_scheduler: Any) -> None:
     """Restore the state of a checkpoint, if its settings allow it."""
     path, metadata = resumed
-    fixed, free = [*FIXED_SETTINGS, "dataset"], settings.keys() - {*FIXED_SETTINGS, "dataset", *OWN_SETTINGS}
+    fixed, free = [*FIXED_SETTINGS, "dataset"], settings.keys() - {*FIXED_SETTINGS, "dataset", *UNCOMPARED_SETTINGS}
     if differing := differing_settings(metadata["settings"], settings, fixed):
-        raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
+        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
     for line in differing_settings(metadata["settings"], settings, sorted(free)):
         logger.warning(f"changed since {path.name}: {line}")
     state.load(path, metadata)

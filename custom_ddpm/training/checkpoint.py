@@ -77,9 +77,7 @@ def _lock(file: TextIO, output_dir: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(
-                f"another run is going on in {output_dir}: end it, or choose another folder"
-            ) from error
+            raise BlockingIOError(f"another run is using {output_dir}: stop it, or choose another folder") from error
         logger.warning(
             f"{output_dir} is on a file system without locks ({error.strerror}): make sure that no other run uses it"
         )
@@ -96,7 +94,7 @@ def _clear(output_dir: Path, resumed_from: Path | None) -> None:
     other = [path for path in later if path not in damaged]
     if other:
         raise FileExistsError(
-            f"{output_dir} holds {other[-1].name}, which this run does not go on from: "
+            f"{output_dir} holds {other[-1].name}, which this run does not resume from: "
             "resume from that one, or choose another output folder"
         )
     for path in damaged:
@@ -160,7 +158,7 @@ def _together(
     try:
         if accelerator.is_main_process or not main_process_only:
             action()
-    except Exception as caught:  # of whatever kind: the other processes would wait for ever if they were not told
+    except Exception as caught:  # any: the other processes would otherwise wait forever
         error = caught
     failures = [text for text in gather_object([error and _cause(error, path.parent)]) if text]
     if failures:
@@ -224,7 +222,7 @@ def find_checkpoint(output_dir: str | Path, which: str | Path = "latest") -> tup
         names = ", ".join(path.name for path in list_checkpoints(output_dir).values())
         raise FileNotFoundError(f"there is no checkpoint {which}; {output_dir} has {names or 'none'}")
     if damage := _damage(path):
-        raise ValueError(f"{path} is damaged ({damage}), or no checkpoint of this program")
+        raise ValueError(f"{path} is damaged ({damage}), or was not written by this program")
     return path, _read_json(path / METADATA)
 
 
@@ -261,7 +259,7 @@ def _temporary(path: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no mapping")
+        raise ValueError(f"{path.name} does not contain a JSON object")
     return value
 
 

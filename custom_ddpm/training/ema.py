@@ -132,8 +132,8 @@ def reconstruct(run: str | Path, sigma_rel: float, step: int | None = None) -> d
     )
     if error > MAX_ERROR:
         raise ValueError(
-            f"sigma_rel {sigma_rel} at step {step} cannot be made of the {len(ends)} snapshots in {run}: it would be "
-            f"{error:.0%} off; choose one nearer to 0.05 … 0.1, or a step that was stored"
+            f"sigma_rel {sigma_rel} at step {step} cannot be reconstructed from the {len(ends)} snapshots in {run}: "
+            f"relative error {error:.0%}; choose one nearer to 0.05 … 0.1, or a step that was stored"
         )
     weights: dict[str, torch.Tensor] = {}
     for (end, kept), factor in zip(pairs, factors.tolist(), strict=True):

@@ -1,7 +1,7 @@
 """Starting the processes of a run, and ending them together, with one line of text when there is an error.
 
 `accelerate launch --cpu --num_processes N` starts only one process, whatever N is, unless it is given an MPI host file:
-the global batch would silently be another one. Here that process starts the others, with torch's launcher.
+the global batch size would silently be wrong. Here that process starts the others, with torch's launcher.
 """
 
 import os
@@ -47,7 +47,7 @@ def start_all_cpu_processes() -> None:
     asked = launch_command_parser().parse_known_args([*words, "script"])[0] if words else None
     if asked is None or not asked.num_processes:
         raise ValueError(
-            "several CPU processes were asked for, but accelerate started one and does not tell how many: "
+            "several CPU processes were asked for, but accelerate started one and does not report how many: "
             "give --cpu --num_processes N to `accelerate launch` on the command line"
         )
     machines = asked.num_machines or 1
@@ -85,7 +85,7 @@ def command_line() -> str:
 
 
 def _end_with(parent: int) -> None:
-    """End this process once its parent has ended: accelerate's launcher of one process passes no signals on."""
+    """End this process once its parent has ended: accelerate's single-process launcher does not forward signals."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,6 @@
 """The training loop: Algorithm 1 (T2) as a generator.
 
-Checkpoints, sample grids, metrics and averages are not here: whoever iterates over `training_steps` adds them.
+Checkpoints, sample grids, metrics and averages are not here: the caller of `training_steps` does these.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Loss = Callable[..., torch.Tensor]
 
 @dataclass
 class TrainingStep:
-    """What happened in one optimiser step; tensors are on the device, and nothing has waited for it."""
+    """The result of one optimiser step. Its tensors are on the device; no synchronisation has taken place."""
 
     step: int  # optimiser steps done, this one included
     timesteps: list[torch.Tensor]  # t of this process, int64 (B,), one tensor per batch of the step
@@ -52,13 +52,13 @@ def training_steps(
 
     Args:
         model, optimizer: prepared by `accelerator`; `model(x_t, t, class_labels=...).sample` is the prediction.
-        scheduler: the forward process.
+        scheduler: the noise scheduler (forward process).
         lr_scheduler: its `step()` is called after each optimiser step.
-        batches: images uint8 (B, C, H, W) and labels int64 (B,) or None, endless.
+        batches: images uint8 (B, C, H, W) and labels int64 (B,) or None; an infinite iterator.
         accelerator: its `gradient_accumulation_steps` batches make one step.
         loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
         max_train_steps, first_step: optimiser steps of the whole run, and those done before.
-        seed, timestep_sampler: of the random draws, see `randomness.draw`; draws t, `UniformSampler` if None.
+        seed, timestep_sampler: seed of the random draws (`randomness.draw`), and what draws t (None: uniform).
         random_flip: whether pictures are flipped left-right at random.
         label_dropout, null_label: probability of replacing a label by `null_label`, for classifier-free guidance.
         max_grad_norm, memory_format: norm that gradients are clipped to; memory layout of x_t.
@@ -69,7 +69,7 @@ def training_steps(
         for batch in range(accelerator.gradient_accumulation_steps):
             images, labels = next(batches)
             first = (batch * accelerator.num_processes + accelerator.process_index) * len(images)
-            positions = range(first, first + len(images))
+            positions = range(first, first + len(images))  # in the global batch
             draws = draw(seed, step, positions, images.shape[1:], accelerator.device)
 
             x_0 = _flipped(normalise(images.to(accelerator.device, non_blocking=True)), draws, random_flip)
@@ -77,22 +77,22 @@ def training_steps(
             x_t = scheduler.add_noise(x_0, draws.noise, t).to(memory_format=memory_format)
             condition = _condition(labels, draws, label_dropout, null_label)
             with accelerator.accumulate(model):
-                torch.manual_seed(draws.dropout_seed)
+                torch.manual_seed(draws.dropout_seed)  # dropout draws from the global generator
                 output = model(x_t, t, **condition).sample
-                each = loss(scheduler, output, x_0, draws.noise, x_t, t)
-                accelerator.backward((each * weights).mean())
-                if accelerator.sync_gradients:
+                sample_losses = loss(scheduler, output, x_0, draws.noise, x_t, t)
+                accelerator.backward((sample_losses * weights).mean())
+                if accelerator.sync_gradients:  # the last batch of the step
                     grad_norm, skipped = _clip_gradients(accelerator, model, optimizer, max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             timesteps.append(t)
-            losses.append(each.detach())
+            losses.append(sample_losses.detach())
         lr_scheduler.step()
         yield TrainingStep(step + 1, timesteps, losses, grad_norm, skipped)
 
 
 def _flipped(x_0: torch.Tensor, draws: Draws, random_flip: bool) -> torch.Tensor:
-    """Half of the pictures mirrored left-right, if `random_flip`."""
+    """The pictures, each mirrored left-right with probability 1/2 if `random_flip`."""
     return torch.where((draws.flip < 0.5).view(-1, 1, 1, 1), x_0.flip(-1), x_0) if random_flip else x_0
 
 
@@ -117,6 +117,7 @@ def _clip_gradients(
     grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     skipped = (~torch.isfinite(grad_norm)).float()
     if accelerator.scaler is None:
-        # The flag that GradScaler sets: a fused optimiser skips the step by itself, without the host waiting for it.
+        # The attribute that GradScaler sets: a fused optimiser reads it on the device and skips the update, without
+        # a synchronisation.
         optimizer.optimizer.found_inf = skipped
     return grad_norm, skipped

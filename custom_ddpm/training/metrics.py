@@ -141,7 +141,7 @@ class MetricsLogger:
         if line["data_wait"] > 0.1 and self._waited > 1:
             logger.warning(
                 f"step {step}: {line['data_wait']:.0%} of the time was spent waiting for pictures; with --streaming "
-                "raise --dataloader_num_workers, without it the disk of --cache_dir is slow"
+                "raise --dataloader_num_workers, without --streaming put --cache_dir on a faster disk"
             )
         self._levels.zero_()
         self._steps.zero_()

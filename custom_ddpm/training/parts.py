@@ -22,7 +22,7 @@ from ..unet import CustomUNet2DModel
 from .loop import Loss
 from .sharding import check_strategy
 
-PATIENCE = timedelta(hours=6)  # that processes wait for one that decodes a large dataset or writes a large checkpoint
+PROCESS_GROUP_TIMEOUT = timedelta(hours=6)  # one process decodes a large dataset, or writes a large checkpoint
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
@@ -38,7 +38,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
     )
     check_strategy(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -46,7 +46,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate would silently train in single precision.
-        raise ValueError("--mixed_precision is fp16, which a CPU has no training for; it must be bf16 or no")
+        raise ValueError("--mixed_precision is fp16, which is not supported for training on a CPU; use bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     return accelerator
 

@@ -42,7 +42,7 @@ def validation_loss(
     total = torch.zeros((), device=accelerator.device)
     for start in range(0, count, accelerator.num_processes * batch_size):
         begin = start + accelerator.process_index * batch_size
-        # All processes must call a sharded model equally often: one without pictures left calls it in vain.
+        # All processes must call a sharded model equally often: one without pictures left discards the result.
         chosen = range(min(begin, count - 1), min(begin + batch_size, count))
         x_0 = normalise(images[chosen.start : chosen.stop].to(accelerator.device))
         noise = draw(0, 0, chosen, x_0.shape[1:], accelerator.device).noise

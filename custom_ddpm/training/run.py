@@ -1,4 +1,4 @@
-"""Running the training loop, with everything that is due at its steps: `train`."""
+"""`train`: the training loop, with logging, checkpoints and sample grids at intervals."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +25,7 @@ MAX_SKIPPED_STEPS = 50  # consecutive steps with gradients that are not finite, 
 
 
 def train(config: TrainingConfig) -> Path:
-    """Train a model, and save in `config.output_dir` a pipeline that loads anywhere, with metrics and sample grids.
+    """Train a model, and save a pipeline, metrics and sample grids in `config.output_dir`.
 
     Args:
         config: settings of the run, see `train_ddpm.py --help`.
@@ -34,8 +34,8 @@ def train(config: TrainingConfig) -> Path:
         The output folder.
 
     Raises:
-        ValueError, OSError: something does not fit; one line, before the first step.
-        FloatingPointError: the gradients are not finite any more.
+        ValueError, OSError: invalid settings, data or checkpoint; one line, before the first step.
+        FloatingPointError: the gradients stayed NaN or infinite for `MAX_SKIPPED_STEPS` steps.
         MemoryError: the device is out of memory.
     """
     accelerator = build_accelerator(config)
@@ -43,11 +43,11 @@ def train(config: TrainingConfig) -> Path:
         run = build_run(config, accelerator, resumed)
         step, stop_reason = _run_steps(run)
         if stop_reason is not None:
-            logger.info(f"stopped at step {step}: {stop_reason}. Go on with --resume_from_checkpoint latest")
+            logger.info(f"stopped at step {step}: {stop_reason}. Resume with --resume_from_checkpoint latest")
         else:
             run.preview.finish(step)
             if accelerator.is_main_process:  # accelerate's own print would print once on each machine
-                print(_closing_words(run))
+                print(_final_message(run))
         accelerator.end_training()
     return run.output_dir
 
@@ -65,7 +65,7 @@ def _locked_output_dir(config: TrainingConfig, accelerator: Accelerator) -> Iter
                     logger.info(f"{output_dir} has no checkpoint yet: starting a new run")
             elif any((output_dir / name).exists() for name in RUN_FILES):
                 raise FileExistsError(
-                    f"--output_dir {output_dir} holds another run: choose another folder, or go on with that run by "
+                    f"--output_dir {output_dir} holds another run: choose another folder, or resume that run with "
                     "--resume_from_checkpoint latest"
                 )
             lock.enter_context(lock_output_dir(output_dir, found[0] and found[0][0]))
@@ -79,7 +79,7 @@ def _run_steps(run: Run) -> tuple[int, str | None]:
         Optimiser steps done; the reason for stopping early, None if the run is complete.
     """
     accelerator, step = run.accelerator, run.first_step
-    batches = run.data.batches(_positions(run), pin_memory=accelerator.device.type == "cuda")
+    batches = run.data.batches(_sample_positions(run), pin_memory=accelerator.device.type == "cuda")
     timed = TimedBatches(batches)
     stop = StopRequest(accelerator, run.max_train_time)
     skipped_in_a_row = torch.zeros((), device=accelerator.device)
@@ -97,12 +97,12 @@ def _run_steps(run: Run) -> tuple[int, str | None]:
         **run.loop_options,
     )
     try:
-        for done in steps:
-            step = done.step
-            skipped_in_a_row = (skipped_in_a_row + 1) * done.skipped
-            _update(run, done, timed.seconds_waited())
+        for result in steps:
+            step = result.step
+            skipped_in_a_row = (skipped_in_a_row + 1) * result.skipped  # 0 after a step that was not skipped
+            _update(run, result, timed.seconds_waited())
             stopping = stop.agreed()
-            _do_what_is_due(run, step, skipped_in_a_row, last=stopping or step == run.max_train_steps)
+            _run_periodic_tasks(run, step, skipped_in_a_row, last=stopping or step == run.max_train_steps)
             if stopping and step < run.max_train_steps:
                 return step, stop.reason
     except torch.OutOfMemoryError as error:
@@ -116,14 +116,14 @@ def _run_steps(run: Run) -> tuple[int, str | None]:
         batches.close()
         stop.restore()
         run.metrics.close()
-        # DDP must not be the last to hold the process group: its destructor would wait, holding the interpreter's
-        # lock, for a thread of gloo that may be waiting for that lock.
+        # Release the DDP wrapper first. If it held the last reference to the process group, its destructor would wait
+        # for a thread of gloo while holding the interpreter's lock, which that thread may need: a deadlock.
         run.model, run.optimizer = accelerator.free_memory(run.model, run.optimizer)
     return step, None
 
 
-def _positions(run: Run) -> Iterator[range]:
-    """Positions of this process's batches in the endless order of samples, from here on."""
+def _sample_positions(run: Run) -> Iterator[range]:
+    """Positions of this process's batches in the infinite order of samples, from the first that was not seen yet."""
     accelerator, start = run.accelerator, run.first_sample
     while True:
         for batch in range(accelerator.gradient_accumulation_steps):
@@ -132,23 +132,23 @@ def _positions(run: Run) -> Iterator[range]:
         start += run.global_batch
 
 
-def _update(run: Run, done: TrainingStep, seconds_waited: float) -> None:
+def _update(run: Run, result: TrainingStep, seconds_waited: float) -> None:
     """Update averages, importance sampler and metrics after a step."""
     run.state.step_averages()
     if run.state.sampler is not None:
-        # In the order of the global batch, on every process.
+        # `gather` gives every process the same values, in the order of the global batch.
         gather = run.accelerator.gather
-        losses = [loss.nan_to_num(0.0, 0.0, 0.0) for loss in done.losses]
-        run.state.sampler.update(torch.cat([*map(gather, done.timesteps)]), torch.cat([*map(gather, losses)]))
-    for losses_of_batch, timesteps in zip(done.losses, done.timesteps, strict=True):
+        losses = [loss.nan_to_num(0.0, 0.0, 0.0) for loss in result.losses]
+        run.state.sampler.update(torch.cat([*map(gather, result.timesteps)]), torch.cat([*map(gather, losses)]))
+    for losses_of_batch, timesteps in zip(result.losses, result.timesteps, strict=True):
         run.metrics.add_losses(losses_of_batch, timesteps)
-    run.metrics.add_step(done.grad_norm, done.skipped, seconds_waited)
+    run.metrics.add_step(result.grad_norm, result.skipped, seconds_waited)
 
 
-def _do_what_is_due(run: Run, step: int, skipped_in_a_row: torch.Tensor, last: bool) -> None:
+def _run_periodic_tasks(run: Run, step: int, skipped_in_a_row: torch.Tensor, last: bool) -> None:
     """Log metrics, save a checkpoint, a snapshot of the averages, a sample grid, each if it is due at this step."""
     checkpoint_is_due, grid_is_due = step % run.checkpointing_steps == 0, step % run.save_images_steps == 0
-    # Logged at every checkpoint too: a run that resumes there starts a new mean.
+    # At every checkpoint too: checkpoints do not hold the running means, and a resumed run must log the same lines.
     if step % run.logging_steps == 0 or checkpoint_is_due or last:
         run.metrics.log(step, float(run.lr_scheduler.get_last_lr()[0]))
         if skipped_in_a_row.item() >= MAX_SKIPPED_STEPS:
@@ -161,7 +161,7 @@ def _do_what_is_due(run: Run, step: int, skipped_in_a_row: torch.Tensor, last: b
         _save_checkpoint(run, step)
     if run.posthoc_ema_steps and (step % run.posthoc_ema_steps == 0 or last):
         run.state.save_posthoc_snapshot(run.output_dir)
-    if grid_is_due and not last:
+    if grid_is_due and not last:  # the last grid is drawn by `Preview.finish`
         run.preview.save(step)
     if checkpoint_is_due or grid_is_due:
         run.metrics.restart_clock(step)
@@ -188,15 +188,15 @@ def best_checkpoint(output_dir: Path) -> list[int]:
     return [min(validated, key=losses.__getitem__)] if validated else []
 
 
-def _closing_words(run: Run) -> str:
-    """Where everything is, and the lines that load it."""
+def _final_message(run: Run) -> str:
+    """The output files, and the code that loads the model."""
     output_dir, id2label = run.output_dir, run.data.id2label
     call = 'pipeline(class_labels=["' + id2label[0] + '"])' if id2label else "pipeline()"
     return f"""
 Done. In {output_dir}:
   samples.png             pictures drawn by the model
   loss_curve.png          the loss; loss_by_timestep.png: by noise level; metrics.jsonl: its numbers
-  model_index.json, ...   the pipeline, with the averaged weights; README.md: its card
+  model_index.json, ...   the pipeline, with the averaged weights; README.md: its model card
   {CONFIG_FILE}    every setting of the run
   checkpoint-*            to resume from, with --resume_from_checkpoint latest
 

@@ -32,7 +32,7 @@ def check_strategy(accelerator: Accelerator) -> None:
         raise ValueError("accelerate is set up for tensor or context parallelism, which is not supported; use FSDP")
     if kind != DistributedType.FSDP:
         if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
-            raise ValueError("accelerate is set up for FSDP, which it has for GPUs only, started by its launcher")
+            raise ValueError("accelerate is set up for FSDP, which works only on GPUs and under `accelerate launch`")
         return
     plugin: Any = accelerator.state.fsdp_plugin
     refused = {
@@ -41,7 +41,8 @@ def check_strategy(accelerator: Accelerator) -> None:
         "fsdp_activation_checkpointing is true; it must be false, --gradient_checkpointing does the same": (
             plugin.activation_checkpointing
         ),
-        # Without a policy the model would be one unit, whole on every GPU; by size lists of layers would be units.
+        # Without a policy the model would be one FSDP unit, gathered in full on every GPU; a policy by size could make
+        # a unit of a ModuleList, which is never called.
         "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP": (
             plugin.auto_wrap_policy is not transformer_auto_wrap_policy
         ),

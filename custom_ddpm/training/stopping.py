@@ -1,4 +1,4 @@
-"""Ending a run early and in order: signals, a time limit, a launcher that is gone."""
+"""Stopping a run early and cleanly: signals, a time limit, a launcher that has ended."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from .launch import launcher_pid
 
 
 class StopRequest:
-    """Whether the run must end after this step; all processes agree on it.
+    """Whether the run must end after this step; all processes agree on it. A checkpoint is then saved, see `run.py`.
 
     SIGTERM and SIGINT (Ctrl-C) are handled from the construction until `restore`.
 
@@ -29,9 +29,10 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator, max_train_time: float | None):
         self._deadline = math.inf if max_train_time is None else time.monotonic() + 60 * max_train_time
         self._launcher = launcher_pid()
-        # Votes are reduced between hosts, so that no device is waited for.
-        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self._vote, self._pending = torch.zeros(()), None
+        # On the CPU, so that no synchronisation with the device is needed.
+        self._group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._vote = torch.zeros(())
+        self._pending: torch.distributed.Work | None = None
         self.reason: str | None = None
         self._previous: dict[signal.Signals, Any] = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
@@ -50,9 +51,9 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether to stop now. All processes must call this after each step."""
         if self.reason is None and time.monotonic() > self._deadline:
-            self.reason = "--max_train_time is over"
+            self.reason = "the limit of --max_train_time was reached"
         if self.reason is None and self._launcher not in (None, os.getppid()):
-            # accelerate's launcher of one process passes no signals on.
+            # accelerate's single-process launcher does not forward signals.
             self.reason = "its launcher has ended"
         if self._group is None:
             return self.reason is not None

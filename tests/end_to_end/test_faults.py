@@ -141,7 +141,7 @@ def test_a_folder_where_another_run_goes_on(tmp_path, program):
     with subprocess.Popen([PYTHON, "-c", code, str(tmp_path)], stdin=-1, stdout=-1) as other:
         other.stdout.readline()
         before = contents(tmp_path)
-        said = refused(program(*flags(tmp_path, resume_from_checkpoint="latest")), "another run is going on in")
+        said = refused(program(*flags(tmp_path, resume_from_checkpoint="latest")), "another run is using")
         assert len(said) == 1 and contents(tmp_path) == before
         other.communicate(b"\n")
     assert other.returncode == 0
@@ -159,7 +159,11 @@ def test_a_folder_where_another_run_goes_on(tmp_path, program):
 def test_a_checkpoint_of_another_run(tmp_path, program, changes, parts):
     run(tmp_path, max_train_steps=4)
     before = contents(tmp_path)
-    refused(program(*flags(tmp_path, **changes, resume_from_checkpoint="latest")), "is of another run", *parts)
+    refused(
+        program(*flags(tmp_path, **changes, resume_from_checkpoint="latest")),
+        "belongs to a run with other settings",
+        *parts,
+    )
     assert contents(tmp_path) == before
 
 

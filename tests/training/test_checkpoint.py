@@ -510,7 +510,7 @@ def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path
     child = int(holder.stdout.readline())
     (tmp_path / "run" / ".checkpoint-1.tmp").mkdir()
     try:
-        with pytest.raises(BlockingIOError, match=f"another run is going on in {tmp_path / 'run'}: end it, or choose"):
+        with pytest.raises(BlockingIOError, match=f"another run is using {tmp_path / 'run'}: end it, or choose"):
             claim(tmp_path / "run")
         assert names(tmp_path / "run") == [".checkpoint-1.tmp"]
         holder.kill()
@@ -563,7 +563,7 @@ def test_a_new_run_leaves_the_folder_of_another_alone(tmp_path, accelerator):
     (tmp_path / "other" / ".checkpoint-2.tmp").mkdir()
     elsewhere = save(tmp_path / "elsewhere", 1, accelerator)
     for resumed_from in [None, elsewhere]:
-        with pytest.raises(FileExistsError, match="holds checkpoint-1, which this run does not go on from"):
+        with pytest.raises(FileExistsError, match="holds checkpoint-1, which this run does not resume from"):
             claim(tmp_path / "other", resumed_from)
     assert names(tmp_path / "other") == [".checkpoint-2.tmp", "checkpoint-1"]
 
@@ -576,7 +576,7 @@ def test_a_checkpoint_from_elsewhere_may_begin_a_folder(tmp_path, accelerator):
 def test_resuming_before_complete_checkpoints_is_refused(tmp_path, accelerator):
     paths = [save(tmp_path, step, accelerator) for step in [1, 2, 3]]
     truncate(paths[1])
-    with pytest.raises(FileExistsError, match="holds checkpoint-3, which this run does not go on from"):
+    with pytest.raises(FileExistsError, match="holds checkpoint-3, which this run does not resume from"):
         claim(tmp_path, paths[0])
     assert steps(tmp_path) == [1, 2, 3]
 

@@ -294,7 +294,7 @@ def test_a_checkpoint_of_choice_begins_another_folder(tmp_path, which):
         run(tmp_path / "other", resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
         assert differences(tmp_path / "straight" / "checkpoint-12", tmp_path / "other" / "checkpoint-12") == []
     else:  # in the folder of the run later checkpoints are in the way
-        with pytest.raises(FileExistsError, match="checkpoint-12, which this run does not go on from"):
+        with pytest.raises(FileExistsError, match="checkpoint-12, which this run does not resume from"):
             run(tmp_path / "straight", resume_from_checkpoint=which)
 
 
@@ -386,7 +386,7 @@ def test_epochs_are_counted_in_pictures_whatever_the_batch(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused_and_the_settings_listed(tmp_path, changes, message):
     run(tmp_path, max_train_steps=4)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match="checkpoint-4 is of another run: " + message):
+    with pytest.raises(ValueError, match="checkpoint-4 belongs to a run with other settings: " + message):
         run(tmp_path, **changes, resume_from_checkpoint="latest")
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
@@ -453,7 +453,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, monkeypatch, caplog, 
         run(tmp_path / "stopped", **RANDOM)
     assert signal.getsignal(number) == before
     assert list(list_checkpoints(tmp_path / "stopped")) == [4, 7]
-    assert f"stopped at step 7: received {number.name}. Go on with --resume_from_checkpoint latest" in caplog.text
+    assert f"stopped at step 7: received {number.name}. Resume with --resume_from_checkpoint latest" in caplog.text
     assert not (tmp_path / "stopped" / "model_index.json").exists()
     run(tmp_path / "stopped", **RANDOM, resume_from_checkpoint="latest")
     run(tmp_path / "straight", **RANDOM)
@@ -479,7 +479,7 @@ def test_the_echo_of_a_launcher_does_not_end_the_process_before_it_has_saved(tmp
 def test_time_is_over(tmp_path, caplog):
     run(tmp_path, max_train_time=1e-9)
     assert list(list_checkpoints(tmp_path)) == [1]
-    assert "stopped at step 1: --max_train_time is over" in caplog.text
+    assert "stopped at step 1: the limit of --max_train_time was reached" in caplog.text
     run(tmp_path, resume_from_checkpoint="latest", max_train_time=1000.0)
     assert max(list_checkpoints(tmp_path)) == 12
 
@@ -801,7 +801,7 @@ def test_fp16_resumes_to_the_bit_with_the_scale_of_its_losses(tmp_path, monkeypa
 
 
 def test_fp16_that_would_be_single_precision_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--mixed_precision is fp16, which a CPU has no training for"):
+    with pytest.raises(ValueError, match="--mixed_precision is fp16, which is not supported for training on a CPU"):
         run(tmp_path, mixed_precision="fp16")
 
 

@@ -253,6 +253,6 @@ def test_processes_that_share_a_batch_are_refused(enabled):
 def test_fsdp_on_a_cpu_is_refused_and_not_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="set up for FSDP, which it has for GPUs only"):
+    with pytest.raises(ValueError, match="set up for FSDP, which works only on GPUs"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
