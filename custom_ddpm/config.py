@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -240,6 +241,14 @@ def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
         yield "down_block_types", known and len(config.down_block_types) == len(channels), rule
     both = config.dataset_name is not None and config.train_data_dir is not None
     yield "train_data_dir", not both, "give either it or --dataset_name"
+    for name in ("train_data_dir", "dataset_name"):
+        data = getattr(config, name)
+        inside = (
+            data is not None
+            and os.path.isdir(data)
+            and Path(config.output_dir).resolve().is_relative_to(Path(data).resolve())
+        )
+        yield "output_dir", not inside, f"it must not lie inside --{name}, {data!r}: its pictures would be trained on"
     infinite = config.loss_type != "simple" and config.variance_type == "zero"
     yield "loss_type", not infinite, "the bound is infinite with --variance_type zero"
     untrained = config.loss_type == "simple" and config.variance_type in ("learned", "learned_range")

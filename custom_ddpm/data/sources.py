@@ -1,6 +1,7 @@
 """Opening of image datasets: from the Hub, from folders of images, or from local dataset files."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,17 +12,17 @@ from PIL import ImageColor
 from ..messages import one_line
 from .base import ImageData, Request
 from .cache import CachedImages
+from .folder import Folder, list_folder
+from .folder_dataset import open_folder
 from .labels import find_image_column, find_label_column
 from .pixels import MODES, Transform
 from .stream import StreamedImages
 
 
-def _load(path: str | None, image_folder: str | None, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
+def _load(path: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
     """Call `load_dataset`, also for single files and `save_to_disk` folders; its errors become one-line ValueErrors."""
-    folder = Path(path or "")
+    folder = Path(path)
     try:
-        if image_folder is not None:
-            return datasets.load_dataset("imagefolder", data_dir=image_folder, **options)
         if folder.is_file():
             return datasets.load_dataset(str(folder.parent), data_files=folder.name, **options)
         if (folder / "dataset_dict.json").is_file():
@@ -31,10 +32,27 @@ def _load(path: str | None, image_folder: str | None, **options: Any) -> dataset
         if (folder / "state.json").is_file():
             return datasets.load_dataset("arrow", data_files=f"{folder}/data-*.arrow", **options)
         return datasets.load_dataset(path, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # readers of many formats raise exceptions of any type on damaged files
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # this error's own message does not state the reason
-        raise ValueError(f"cannot open the dataset {path or image_folder!r}: {one_line(error)}") from error
+        raise ValueError(f"cannot open the dataset {path!r}: {one_line(error)}") from error
+
+
+def _dropped(path: str, split: str, dataset: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """Return a line for the log if `load_dataset` did not take all pictures of a local folder."""
+    loose = dataset.info.builder_name == "imagefolder" and os.path.isdir(path)
+    if not loose or isinstance(dataset, datasets.IterableDataset) or "[" in split:
+        return []
+    try:
+        number = len(list_folder(path).pictures)
+    except ValueError:  # archives only
+        return []
+    if len(dataset) >= number:
+        return []
+    return [
+        f"{path}: split {split} holds {len(dataset):,} of the folder's {number:,} pictures, by the rules of datasets "
+        f"for names of files and folders; --train_data_dir {path} takes all"
+    ]
 
 
 def _height_width(resolution: int | Sequence[int]) -> tuple[int, int]:
@@ -51,7 +69,7 @@ def _check_arguments(
     background: str,
     seed: int,
     dataset_name: str | None,
-    train_data_dir: str | None,
+    train_data_dir: str | Folder | None,
     label_column: str | None,
     class_conditional: bool,
 ) -> None:
@@ -75,7 +93,7 @@ def _check_arguments(
 def open_images(
     *,
     dataset_name: str | None = None,
-    train_data_dir: str | None = None,
+    train_data_dir: str | Folder | None = None,
     dataset_config_name: str | None = None,
     dataset_revision: str | None = None,
     split: str = "train",
@@ -98,7 +116,8 @@ def open_images(
     Args:
         dataset_name: name on the Hub (private datasets: log in or set HF_TOKEN), or path of a dataset folder, of a
             parquet, arrow or webdataset (tar) file, or of a folder written by `save_to_disk`.
-        train_data_dir: alternative to `dataset_name`: a folder of image files, in one sub-folder per class.
+        train_data_dir: alternative to `dataset_name`: a local folder of image files, in one sub-folder per class: its
+            path, or a `Folder` from `list_folder`. The only split is "train".
         dataset_config_name, dataset_revision, cache_dir: `name`, `revision`, `cache_dir` of `datasets.load_dataset`.
         split: split expression such as "train[:90%]" (streams: names only, such as "train+test").
         streaming: whether to decode the images at every visit instead of caching them.
@@ -121,14 +140,31 @@ def open_images(
         image_mode, on_bad_image, background, seed, dataset_name, train_data_dir, label_column, class_conditional
     )
     options = {"name": dataset_config_name, "revision": dataset_revision, "split": split}
-    dataset = _load(dataset_name, train_data_dir, cache_dir=cache_dir, streaming=streaming, **options)
+    if train_data_dir is not None:
+        folder = train_data_dir if isinstance(train_data_dir, Folder) else list_folder(train_data_dir)
+        train_data_dir = folder.path
+        dataset, notes = open_folder(
+            folder,
+            split=split,
+            streaming=streaming,
+            cache_dir=cache_dir,
+            class_conditional=class_conditional,
+            label=label_column,
+        )
+    else:
+        assert dataset_name is not None
+        dataset = _load(dataset_name, cache_dir=cache_dir, streaming=streaming, **options)
+        notes = _dropped(dataset_name, split, dataset)
     if dataset.features is None:
         raise ValueError("this stream does not declare the types of its columns; open it without streaming")
     image_column = find_image_column(dataset.features, image_column)
     label_column = find_label_column(dataset.features, label_column) if class_conditional else None
     transform = Transform(height, width, center_crop, image_mode, background)
     request = Request(image_column, label_column, id2label, seed, num_workers, on_bad_image == "skip")
-    if not streaming:
-        return CachedImages(dataset, transform, request)
-    source = [dataset_name, train_data_dir, dataset_config_name, dataset_revision, split]
-    return StreamedImages(dataset, transform, request, source)
+    if streaming:
+        source = [dataset_name, train_data_dir, dataset_config_name, dataset_revision, split]
+        data: ImageData = StreamedImages(dataset, transform, request, source)
+    else:
+        data = CachedImages(dataset, transform, request)
+    data.notes = notes
+    return data

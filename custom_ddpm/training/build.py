@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 
 from ..config import TrainingConfig
 from ..data.base import ImageData
+from ..data.folder import list_folder
 from ..data.sources import open_images
 from ..hub.push import BackgroundPush
 from ..objective import ImportanceSampler, diffusion_loss
@@ -119,7 +120,6 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
         "dataset_name": config.dataset_name,
         "dataset_config_name": config.dataset_config_name,
         "dataset_revision": config.dataset_revision,
-        "train_data_dir": config.train_data_dir,
         "image_column": config.image_column,
         "label_column": config.label_column,
         "class_conditional": config.class_conditional,
@@ -133,6 +133,8 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
     }
     # One process of each machine decodes; the others then read its result from the cache.
     with state.local_main_process_first():
+        # Listed once, for both splits.
+        options["train_data_dir"] = None if config.train_data_dir is None else list_folder(config.train_data_dir)
         data = open_images(split=config.split, image_mode=config.image_mode, center_crop=config.center_crop, **options)
         validation = None
         if config.validation_split is not None:
