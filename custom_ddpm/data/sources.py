@@ -35,24 +35,48 @@ def _load(path: str, **options: Any) -> datasets.Dataset | datasets.IterableData
     except Exception as error:  # readers of many formats raise exceptions of any type on damaged files
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # this error's own message does not state the reason
-        raise ValueError(f"cannot open the dataset {path!r}: {one_line(error)}") from error
+        hint = f"; for the pictures in it give --train_data_dir {path}" if _count_pictures(path) else ""
+        raise ValueError(f"cannot open the dataset {path!r}: {one_line(error)}{hint}") from error
+
+
+def _count_pictures(path: str) -> int:
+    """Return the number of picture files in a local folder; 0 if it is none."""
+    try:
+        return len(list_folder(path).pictures)
+    except (ValueError, OSError):
+        return 0
 
 
 def _dropped(path: str, split: str, dataset: datasets.Dataset | datasets.IterableDataset) -> list[str]:
     """Return a line for the log if `load_dataset` did not take all pictures of a local folder."""
-    loose = dataset.info.builder_name == "imagefolder" and os.path.isdir(path)
-    if not loose or isinstance(dataset, datasets.IterableDataset) or "[" in split:
+    if dataset.info.builder_name != "imagefolder" or not os.path.isdir(path) or "[" in split:
         return []
-    try:
-        number = len(list_folder(path).pictures)
-    except ValueError:  # archives only
-        return []
-    if len(dataset) >= number:
+    stream = isinstance(dataset, datasets.IterableDataset)
+    rows = sum(1 for _ in dataset.decode(False)) if stream else len(dataset)
+    number = _count_pictures(path)
+    if rows >= number:
         return []
     return [
-        f"{path}: split {split} holds {len(dataset):,} of the folder's {number:,} pictures, by the rules of datasets "
+        f"{path}: split {split} holds {rows:,} of the folder's {number:,} pictures, by the rules of datasets "
         f"for names of files and folders; --train_data_dir {path} takes all"
     ]
+
+
+def _unfinished(path: str) -> list[str]:
+    """Return a line for the log for each local tar file without the block of zeros that ends a whole one.
+
+    A cut between two files, or in the header of one, is taken for the end by `tarfile`.
+    """
+    local = Path(path)
+    files = [local] if local.is_file() else sorted(local.rglob("*.tar")) if local.is_dir() else []
+    notes = []
+    for file in files:
+        if file.suffix == ".tar" and file.is_file():
+            with file.open("rb") as content:
+                content.seek(max(0, file.stat().st_size - 512))
+                if content.read() != bytes(512):
+                    notes.append(f"{file} has no end mark: it may have been cut short, and pictures may be missing")
+    return notes
 
 
 def _height_width(resolution: int | Sequence[int]) -> tuple[int, int]:
@@ -154,7 +178,7 @@ def open_images(
     else:
         assert dataset_name is not None
         dataset = _load(dataset_name, cache_dir=cache_dir, streaming=streaming, **options)
-        notes = _dropped(dataset_name, split, dataset)
+        notes = _dropped(dataset_name, split, dataset) + _unfinished(dataset_name)
     if dataset.features is None:
         raise ValueError("this stream does not declare the types of its columns; open it without streaming")
     image_column = find_image_column(dataset.features, image_column)
