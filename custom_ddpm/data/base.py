@@ -80,11 +80,12 @@ class ImageData:
     id2label: dict[int, str] | None = None
     fingerprint: str
     num_skipped: int = 0
-    notes: Sequence[str] = ()
+    notes: list[str]
 
     def __init__(self, transform: Transform, channels: int, found_modes: Mapping[str, int], request: Request):
         self.channels, self.height, self.width, self.mode = channels, transform.height, transform.width, MODES[channels]
         self._transform, self._found_modes, self._request = transform, found_modes, request
+        self.notes = []
 
     def describe(self) -> str:
         """Return lines for the log: `notes`, then the images found, and the mode, size and crop applied to them."""

@@ -132,6 +132,12 @@ def _ranges(split: str, number: int) -> list[tuple[int, int]]:
     return [(part.from_, max(part.from_, part.to)) for part in parts]
 
 
+def overlap(split: str, other: str, number: int) -> int:
+    """Return how many of a folder's pictures two split expressions have in common."""
+    rows = [{row for start, stop in _ranges(each, number) for row in range(start, stop)} for each in (split, other)]
+    return len(rows[0] & rows[1])
+
+
 def _class_notes(folder: Folder, columns: list[str]) -> Iterator[str]:
     """Yield lines about sub-folders that a user may have meant in another way."""
     relative = [folder.relative(picture.path).split(os.sep) for picture in folder.pictures]

@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from ..config import TrainingConfig
 from ..data.base import ImageData
 from ..data.folder import list_folder
+from ..data.folder_dataset import overlap
 from ..data.sources import open_images
 from ..hub.push import BackgroundPush
 from ..objective import ImportanceSampler, diffusion_loss
@@ -134,12 +135,18 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
     # One process of each machine decodes; the others then read its result from the cache.
     with state.local_main_process_first():
         # Listed once, for both splits.
-        options["train_data_dir"] = None if config.train_data_dir is None else list_folder(config.train_data_dir)
+        folder = None if config.train_data_dir is None else list_folder(config.train_data_dir)
+        options["train_data_dir"] = folder
         data = open_images(split=config.split, image_mode=config.image_mode, center_crop=config.center_crop, **options)
         validation = None
         if config.validation_split is not None:
             held_out = {**options, "id2label": data.id2label, "center_crop": True, "image_mode": data.mode}
             validation = open_images(split=config.validation_split, **held_out)
+            data.notes = list(dict.fromkeys([*data.notes, *validation.notes]))
+            if folder is not None and (both := overlap(config.split, config.validation_split, len(folder.pictures))):
+                data.notes.append(
+                    f"{both:,} pictures of --validation_split are trained on too; --split may exclude them"
+                )
     return data, validation
 
 

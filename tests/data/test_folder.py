@@ -9,9 +9,12 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from accelerate.state import PartialState
 
+from custom_ddpm.config import TrainingConfig
 from custom_ddpm.data import open_images
 from custom_ddpm.data.pixels import _convert_mode
+from custom_ddpm.training.build import open_data
 from data.images import TRUNCATED, encoded, image_of, numbered
 
 
@@ -338,6 +341,22 @@ def test_each_folder_is_listed_once(tmp_path, monkeypatch):
     assert opened(tmp_path).num_images == 120
     inside = [path for path in listed if path.startswith(str(tmp_path)) and "cache" not in path]
     assert sorted(inside) == [str(tmp_path), *(f"{tmp_path}/{kind}" for kind in "abc")]
+
+
+def test_a_run_with_held_out_pictures_lists_the_folder_once(tmp_path, monkeypatch):
+    fill(tmp_path, *(f"{i}.png" for i in range(20)))
+    (tmp_path / "notes.txt").write_text("not a picture")
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": listed.append(str(path)) or scandir(path))
+    options = {"train_data_dir": str(tmp_path), "resolution": [4], "validation_split": "train[90%:]"}
+    data, held_out = open_data(TrainingConfig(**options, split="train[:90%]"), PartialState())
+    assert listed.count(str(tmp_path)) == 1
+    assert (values(data), values(held_out)) == (list(range(18)), [18, 19])
+    assert data.describe().count("21 files found") == 1 and "trained on too" not in data.describe()
+    assert (
+        "2 pictures of --validation_split are trained on too"
+        in open_data(TrainingConfig(**options), PartialState())[0].describe()
+    )
 
 
 def test_an_unchanged_folder_is_decoded_once(tmp_path, monkeypatch):
