@@ -76,7 +76,8 @@ class Folder:
     def describe(self) -> str:
         """Return one line: the files found, used, and left out with the reasons and up to three names for each."""
         others = sum(map(len, self.left_out.values()))
-        found, used = len(self.pictures) + len(self.metadata) + others, len(self.pictures)
+        used = len({picture.path for picture in self.pictures})  # metadata may list one several times
+        found = used + len(self.metadata) + others
         text = f"{self.path}: {found:,} file{'s'[: found != 1]} found, {used:,} picture{'s'[: used != 1]} used"
         text += f", {len(self.metadata):,} of metadata" if self.metadata else ""
         parts = []

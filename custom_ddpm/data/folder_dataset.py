@@ -1,8 +1,10 @@
 """A listed folder of pictures as a dataset of `datasets`: paths, class labels and the columns of its metadata."""
 
+import csv
 import dataclasses
 import itertools
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -12,7 +14,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
@@ -58,7 +59,7 @@ def open_folder(
     ranges = _ranges(split, len(pictures))
     rows = [row for start, stop in ranges for row in range(start, stop)]
     if not rows:
-        raise ValueError(f"split {split!r} holds none of the {len(pictures):,} pictures of {folder.path}")
+        raise ValueError(f"split {split!r} holds no pictures: {folder.describe()}")
     if split != "train":
         notes.append(f"split {split}: {len(rows):,} of these pictures, which are in the order of their names")
         names = [{folder.class_name(pictures[row].path) for row in part} for part in (rows, range(len(pictures)))]
@@ -113,9 +114,12 @@ def _on_disk(table: pa.Table, name: str, cache_dir: str | None) -> datasets.Data
     if not file.exists():
         directory.mkdir(parents=True, exist_ok=True)
         part = directory / f"{uuid.uuid4().hex}.part"  # renamed, so that no process finds half a file
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        os.replace(part, file)
+        try:
+            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
     # `Dataset.from_file` alone would make the time at which the file was written a part of the fingerprint.
     return datasets.Dataset(datasets.Dataset.from_file(str(file)).data, fingerprint=name)
 
@@ -192,8 +196,9 @@ def _with_metadata(folder: Folder) -> tuple[Folder, pa.Table]:
     if not tables:
         return folder, pa.table({})
     used = {picture.path for picture in listed}
-    for path in known.keys() - used:
-        folder.leave_out(path, UNLISTED)
+    for path in known:
+        if path not in used:
+            folder.leave_out(path, UNLISTED)
     left_out = {reason: [path for path in paths if path not in used] for reason, paths in folder.left_out.items()}
     folder.left_out = {reason: paths for reason, paths in left_out.items() if paths}
     folder.pictures = listed
@@ -218,18 +223,40 @@ def _read(file: str) -> pa.Table:
     """Return the columns of a metadata file."""
     try:
         if file.endswith(".csv"):
-            return pyarrow.csv.read_csv(file)
+            return _read_csv(file)
         if file.endswith(".jsonl"):
             size = max(1 << 20, os.path.getsize(file))  # a line must fit in a block
             return pyarrow.json.read_json(file, pyarrow.json.ReadOptions(block_size=size))
         return pyarrow.parquet.read_table(file)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {one_line(error)}") from error
+
+
+def _read_csv(file: str) -> pa.Table:
+    """Return columns of integers where all values are written as integers are, and of text otherwise; empty: None.
+
+    Other readers make one class of the labels 01 and 1, and none of the label NA.
+    """
+    with open(file, newline="", encoding="utf-8-sig") as content:
+        header, *rows = [row for row in csv.reader(content) if row] or [[]]
+    if len(set(header)) < len(header) or any(len(row) != len(header) for row in rows):
+        raise ValueError("its rows must have as many values as the first, which must have the names of the columns")
+    columns = dict[str, pa.Array]()
+    for i, name in enumerate(header):
+        values = [row[i] or None for row in rows]
+        whole = name != "file_name" and all(
+            value is None or re.fullmatch(r"0|-?[1-9]\d{0,17}", value) for value in values
+        )
+        numbers = [None if value is None else int(value) for value in values] if whole else None
+        columns[name] = pa.array(values, pa.string()) if numbers is None else pa.array(numbers, pa.int64())
+    return pa.table(columns)
 
 
 def _path(file: str, name: Any) -> str:
     """Return the path of a picture that a metadata file lists, which must lie beside or below it."""
-    path = os.path.normpath(str(name).replace("\\", "/"))
-    if os.path.isabs(path) or path.split(os.sep)[0] == ".." or "://" in str(name):
-        raise ValueError(f"{file} lists {shown(str(name))}, which is not inside the folder of that file")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{file} has the file_name {name!r} in a row; it must be the name of a picture")
+    path = os.path.normpath(name.replace("\\", "/"))
+    if os.path.isabs(path) or path.split(os.sep)[0] == ".." or "://" in name:
+        raise ValueError(f"{file} lists {shown(name)}, which is not inside the folder of that file")
     return os.path.join(os.path.dirname(file), path)

@@ -309,6 +309,42 @@ def test_metadata_that_is_none_or_lists_what_is_not_there(tmp_path):
     assert "metadata.csv" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("file_name,label\na.png,01\nb.png,1\n", {"01": [0], "1": [1]}),
+        ("file_name,label\na.png,10\nb.png,9\n", {"9": [1], "10": [0]}),
+        ("file_name,label\na.png,NA\nb.png,2020-01-01\n", {"2020-01-01": [1], "NA": [0]}),
+        ("file_name,label\n001,x\n2,y\n", {"x": [2], "y": [3]}),
+        ('\ufefflabel,file_name\r\n"two\nlines",a.png\r\n\r\nx,b.png\r\n', {"two\nlines": [0], "x": [1]}),
+        ("file_name,label\nsub\\c.png,x\na.png,x\na.png,y\n", {"x": [4, 0], "y": [0]}),
+    ],
+)
+def test_values_of_a_csv_are_what_is_written(tmp_path, text, expected):
+    fill(tmp_path, "a.png", "b.png", "001", "2", "sub/c.png")
+    (tmp_path / "metadata.csv").write_text(text, newline="")
+    data = opened(tmp_path, class_conditional=True)
+    assert by_class(data) == expected and list(data.id2label.values()) == list(expected)
+
+
+@pytest.mark.parametrize(
+    "content", [b"file_name,label,label\na.png,1,2\n", b"file_name,label\na.png\n", b"file_name\n"]
+)
+def test_a_csv_that_is_damaged(tmp_path, content):
+    fill(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_bytes(content)
+    assert "metadata" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"file_name": null}', '{"file_name": 3}', '{"file_name": ""}', '{"file_name":', "[1]", "", "[" * 10**5]
+)
+def test_a_jsonl_that_is_damaged(tmp_path, line):
+    fill(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert f"{tmp_path}/metadata.jsonl" in refusal(tmp_path)
+
+
 # Splits
 
 
@@ -321,7 +357,7 @@ def test_parts_of_a_folder(tmp_path, streaming):
     for split in ("validation", "test", "train[:x]", "", "train+test"):
         line = refusal(tmp_path, split=split, streaming=streaming)
         assert f"split {split!r}" in line and "train[90%:]" in line
-    assert "holds none of the 10 pictures" in refusal(tmp_path, split="train[:0]", streaming=streaming)
+    assert "'train[:0]' holds no pictures" in refusal(tmp_path, split="train[:0]", streaming=streaming)
 
 
 def test_a_part_without_some_of_the_classes_is_told(tmp_path):
