@@ -60,6 +60,9 @@ class Folder:
     metadata: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
+    def __fspath__(self) -> str:
+        return self.path
+
     def relative(self, path: str) -> str:
         """Return a path in the folder relative to it."""
         return path.removeprefix(os.path.join(os.path.abspath(self.path), ""))

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import datasets
 from PIL import ImageColor
@@ -18,8 +18,30 @@ from .labels import find_image_column, find_label_column
 from .pixels import MODES, Transform
 from .stream import StreamedImages
 
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-def _load(path: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
+
+def _open(
+    path: str | None,
+    train_data_dir: str | Folder | None,
+    class_conditional: bool,
+    label_column: str | None,
+    options: dict[str, Any],
+) -> tuple[AnyDataset, list[str]]:
+    """Return the dataset, and lines for the log about its files; `options` are those of `load_dataset`."""
+    if train_data_dir and not path:
+        folder = train_data_dir if isinstance(train_data_dir, Folder) else list_folder(train_data_dir)
+        own = {name: options[name] for name in ("split", "cache_dir", "streaming")}
+        return open_folder(folder, class_conditional=class_conditional, label=label_column, **own)
+    if train_data_dir or not path:
+        raise ValueError("give either dataset_name or train_data_dir")
+    dataset = _load(path, **options)
+    if dataset.features is None:
+        raise ValueError("this stream does not declare the types of its columns; open it without streaming")
+    return dataset, _dropped(path, options["split"], dataset) + _unfinished(path)
+
+
+def _load(path: str, **options: Any) -> AnyDataset:
     """Call `load_dataset`, also for single files and `save_to_disk` folders; its errors become one-line ValueErrors."""
     folder = Path(path)
     try:
@@ -47,7 +69,7 @@ def _count_pictures(path: str) -> int:
         return 0
 
 
-def _dropped(path: str, split: str, dataset: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+def _dropped(path: str, split: str, dataset: AnyDataset) -> list[str]:
     """Return a line for the log if `load_dataset` did not take all pictures of a local folder."""
     if dataset.info.builder_name != "imagefolder" or not os.path.isdir(path) or "[" in split:
         return []
@@ -92,8 +114,6 @@ def _check_arguments(
     on_bad_image: str,
     background: str,
     seed: int,
-    dataset_name: str | None,
-    train_data_dir: str | Folder | None,
     label_column: str | None,
     class_conditional: bool,
 ) -> None:
@@ -108,8 +128,6 @@ def _check_arguments(
         raise ValueError(f"background must be the name of a colour or #rrggbb, not {background!r}") from error
     if seed < 0:
         raise ValueError(f"seed must not be negative, not {seed}")
-    if bool(dataset_name) == bool(train_data_dir):
-        raise ValueError("give either dataset_name or train_data_dir")
     if label_column is not None and not class_conditional:
         raise ValueError(f"label_column {label_column!r} requires class_conditional")
 
@@ -143,7 +161,7 @@ def open_images(
         train_data_dir: alternative to `dataset_name`: a local folder of image files, in one sub-folder per class: its
             path, or a `Folder` from `list_folder`. The only split is "train".
         dataset_config_name, dataset_revision, cache_dir: `name`, `revision`, `cache_dir` of `datasets.load_dataset`.
-        split: split expression such as "train[:90%]" (streams: names only, such as "train+test").
+        split: split expression such as "train[:90%]" (streams of datasets: names only, such as "train+test").
         streaming: whether to decode the images at every visit instead of caching them.
         image_column, label_column: chosen by type if None, see `find_image_column`, `find_label_column`.
         class_conditional: whether to read labels. Those that occur are numbered 0 … K-1 without gaps.
@@ -159,36 +177,18 @@ def open_images(
     Raises:
         ValueError: one line with the argument, its value and what is valid.
     """
-    height, width = _height_width(resolution)
-    _check_arguments(
-        image_mode, on_bad_image, background, seed, dataset_name, train_data_dir, label_column, class_conditional
-    )
-    options = {"name": dataset_config_name, "revision": dataset_revision, "split": split}
-    if train_data_dir is not None:
-        folder = train_data_dir if isinstance(train_data_dir, Folder) else list_folder(train_data_dir)
-        train_data_dir = folder.path
-        dataset, notes = open_folder(
-            folder,
-            split=split,
-            streaming=streaming,
-            cache_dir=cache_dir,
-            class_conditional=class_conditional,
-            label=label_column,
-        )
-    else:
-        assert dataset_name is not None
-        dataset = _load(dataset_name, cache_dir=cache_dir, streaming=streaming, **options)
-        notes = _dropped(dataset_name, split, dataset) + _unfinished(dataset_name)
-    if dataset.features is None:
-        raise ValueError("this stream does not declare the types of its columns; open it without streaming")
+    transform = Transform(*_height_width(resolution), center_crop, image_mode, background)
+    _check_arguments(image_mode, on_bad_image, background, seed, label_column, class_conditional)
+    options: dict[str, Any] = {"name": dataset_config_name, "revision": dataset_revision, "split": split}
+    options |= {"cache_dir": cache_dir, "streaming": streaming}
+    dataset, notes = _open(dataset_name, train_data_dir, class_conditional, label_column, options)
     image_column = find_image_column(dataset.features, image_column)
     label_column = find_label_column(dataset.features, label_column) if class_conditional else None
-    transform = Transform(height, width, center_crop, image_mode, background)
     request = Request(image_column, label_column, id2label, seed, num_workers, on_bad_image == "skip")
-    if streaming:
-        source = [dataset_name, train_data_dir, dataset_config_name, dataset_revision, split]
-        data: ImageData = StreamedImages(dataset, transform, request, source)
-    else:
-        data = CachedImages(dataset, transform, request)
+    folder = os.fspath(train_data_dir) if train_data_dir else None
+    source = [dataset_name, folder, dataset_config_name, dataset_revision, split]
+    data = (
+        StreamedImages(dataset, transform, request, source) if streaming else CachedImages(dataset, transform, request)
+    )
     data.notes = notes
     return data

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import tqdm
 from accelerate.state import PartialState
 
 from custom_ddpm.config import TrainingConfig
@@ -377,6 +378,21 @@ def test_each_folder_is_listed_once(tmp_path, monkeypatch):
     assert opened(tmp_path).num_images == 120
     inside = [path for path in listed if path.startswith(str(tmp_path)) and "cache" not in path]
     assert sorted(inside) == [str(tmp_path), *(f"{tmp_path}/{kind}" for kind in "abc")]
+
+
+def test_listing_shows_its_progress_after_a_moment(tmp_path, monkeypatch, capsys):
+    fill(tmp_path, *(f"{i}.png" for i in range(30)))
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(datasets.utils, "tqdm", Bar)
+    assert opened(tmp_path).num_images == 30
+    bar = next(bar for bar in bars if bar.desc.startswith("Listing"))
+    assert bar.n == 30 and str(tmp_path) in bar.desc and 0 < bar.delay <= 2
 
 
 def test_a_run_with_held_out_pictures_lists_the_folder_once(tmp_path, monkeypatch):
