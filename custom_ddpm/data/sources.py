@@ -1,5 +1,6 @@
 """Opening of image datasets: from the Hub, from folders of images, or from local dataset files."""
 
+import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,11 @@ def _open(
 def _load(path: str, **options: Any) -> AnyDataset:
     """Call `load_dataset`, also for single files and `save_to_disk` folders; its errors become one-line ValueErrors."""
     folder = Path(path)
+    if folder.exists() and glob.has_magic(str(folder.resolve())):
+        raise ValueError(
+            f"cannot open the dataset {path!r}: its path must not contain *, ? or [, which datasets takes for "
+            f"patterns that may match other files; it is {str(folder.resolve())!r}"
+        )
     try:
         if folder.is_file():
             return datasets.load_dataset(str(folder.parent), data_files=folder.name, **options)

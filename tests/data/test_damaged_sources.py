@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from custom_ddpm.data import open_images
-from data.images import encoded, image_of, numbered
+from data.images import encoded, image_of, make, numbered
 
 
 def tar(folder, members, cut=None):
@@ -150,6 +151,17 @@ def test_pictures_that_the_library_drops_are_told(tmp_path, streaming):
     assert len(data.take(9)[0]) == 3 and "--train_data_dir" not in data.describe()
     (folder / "test notes.txt").write_text("not a picture")
     assert f"--train_data_dir {folder}" in refusal(str(folder), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_paths_that_the_library_takes_for_patterns_are_refused(tmp_path, streaming):
+    """Otherwise the neighbour's pictures are read."""
+    make(tmp_path / "d1", numbered(1))
+    folder = Path(make(tmp_path / "d[1]", numbered(3)))
+    (tmp_path / "link").symlink_to(folder)  # which the library resolves
+    for path in (folder, folder / "train.parquet", tmp_path / "link"):
+        line = refusal(str(path), streaming=streaming)
+        assert "d[1]" in line and "pattern" in line
 
 
 def test_transparent_colours_of_16_bits(tmp_path):
