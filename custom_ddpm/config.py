@@ -5,10 +5,12 @@ Flags have the names of diffusers' `train_unconditional.py` where they mean the 
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 GROUPS = {
@@ -233,6 +235,14 @@ def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
         yield "down_block_types", known and len(config.down_block_types) == len(channels), rule
     both = config.dataset_name is not None and config.train_data_dir is not None
     yield "train_data_dir", not both, "give either it or --dataset_name"
+    for name in ("train_data_dir", "dataset_name"):
+        data = getattr(config, name)
+        inside = (
+            data is not None
+            and os.path.isdir(data)
+            and Path(config.output_dir).resolve().is_relative_to(Path(data).resolve())
+        )
+        yield "output_dir", not inside, f"it must not lie inside --{name}, {data!r}: its pictures would be trained on"
     infinite_bound = config.loss_type != "simple" and config.variance_type == "zero"
     yield "loss_type", not infinite_bound, "the bound is infinite with --variance_type zero"
     variance_is_untrained = config.loss_type == "simple" and config.variance_type in ("learned", "learned_range")

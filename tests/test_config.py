@@ -206,3 +206,23 @@ def test_the_configurations_in_examples_are_right(file):
     for name, value in yaml.safe_load(file.read_text()).items():
         got = getattr(config, name)
         assert got == value or got == [value], name
+
+
+@pytest.mark.parametrize("data", ["train_data_dir", "dataset_name"])
+def test_the_output_folder_must_not_lie_among_the_pictures(tmp_path, data, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (tmp_path / "link").symlink_to(pictures)
+    for output in (pictures, pictures / "run", pictures / "a" / ".." / "run", tmp_path / "link" / "run"):
+        for folder in (pictures, tmp_path / "link"):
+            line = refused(capsys, f"--{data}", str(folder), "--output_dir", str(output))
+            assert f"--output_dir is {str(output)!r}; it must not lie inside --{data}, {str(folder)!r}" in line
+    for output in (tmp_path / "run", tmp_path / "pictures2", pictures / ".." / "run"):
+        assert parse_config([f"--{data}", str(pictures), "--output_dir", str(output)]).output_dir == str(output)
+    # A name on the Hub is no path.
+    assert parse_config(["--dataset_name", "user/set", "--output_dir", "user/set/run"]).dataset_name == "user/set"
+
+
+def test_the_output_folder_among_the_pictures_of_the_working_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "must not lie inside" in refused(capsys, "--train_data_dir", ".")

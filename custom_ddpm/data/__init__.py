@@ -8,6 +8,7 @@ Modules:
     labels: choice of the image and label columns, numbering of the classes.
     base: the common interface `ImageData`, the order of the samples, prefetching.
     cache, stream: images read from the cache, or streamed.
+    folder, folder_dataset: listing of a local folder of pictures, and a dataset of the paths.
     sources: `open_images`.
 """
 

@@ -73,19 +73,22 @@ class ImageData:
         id2label: class id -> name for the ids 0 … K-1, or None without `class_conditional`.
         fingerprint: hash that is equal for equal images, labels and crops (for a stream: equal source and settings).
         num_skipped: number of unreadable images left out (for a stream: replaced so far, by this process).
+        notes: lines about the files of the dataset: found, used, and left out with the reasons.
     """
 
     num_images: int | None = None
     id2label: dict[int, str] | None = None
     fingerprint: str
     num_skipped: int = 0
+    notes: list[str]
 
     def __init__(self, transform: Transform, channels: int, found_modes: Mapping[str, int], request: Request):
         self.channels, self.height, self.width, self.mode = channels, transform.height, transform.width, MODES[channels]
         self._transform, self._found_modes, self._request = transform, found_modes, request
+        self.notes = []
 
     def describe(self) -> str:
-        """Return one line for the log: the images found, and the mode, size and crop applied to them."""
+        """Return lines for the log: `notes`, then the images found, and the mode, size and crop applied to them."""
         number = f"a stream, its first {STREAM_PEEK}" if self.num_images is None else f"{self.num_images:,}"
         found = ", ".join(f"{count:,} {mode}" for mode, count in sorted(self._found_modes.items()))
         alpha = "kept" if self.mode == "RGBA" else f"over {self._transform.background}"
@@ -93,7 +96,8 @@ class ImageData:
         text = f"images: {number} ({found}) -> {self.mode}, transparency {alpha}; "
         text += f"{self.height}x{self.width} (height x width), {crop} crop"
         text += "" if self.id2label is None else f"; {len(self.id2label)} classes"
-        return text + (f"; {self.num_skipped:,} unreadable left out" if self.num_skipped else "")
+        text += f"; {self.num_skipped:,} unreadable left out" if self.num_skipped else ""
+        return "\n".join([*self.notes, text])
 
     def batches(self, positions: Iterable[Sequence[int]], pin_memory: bool = False) -> Generator[Batch, None, None]:
         """Yield one batch for each sequence of sample positions.

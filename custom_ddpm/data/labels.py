@@ -50,14 +50,17 @@ def find_image_column(features: datasets.Features, name: str | None) -> str:
 
     Args:
         features: column types of the dataset.
-        name: a column of type Image, or of paths (strings) or encoded images (bytes); None: the only Image column.
+        name: a column of type Image, or of paths (strings) or encoded images (bytes); None: the only column of type
+            Image or, without any, the only one of Image's storage type {"bytes", "path"}, which parquet files without
+            metadata of `datasets` have.
 
     Raises:
-        ValueError: if `name` is not such a column, or None and there is not exactly one Image column.
+        ValueError: if `name` is not such a column, or None and there is not exactly one candidate.
     """
-    found = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    stored = [column for column, feature in features.items() if _is_image_storage(feature)]
     plain = [column for column, feature in features.items() if _has_type(feature, "string", "binary")]
-    return _column(features, "image_column", name, found, found + plain)
+    return _column(features, "image_column", name, images or stored, images + stored + plain)
 
 
 def find_label_column(features: datasets.Features, name: str | None) -> str:
@@ -80,6 +83,16 @@ def find_label_column(features: datasets.Features, name: str | None) -> str:
 def _has_type(feature: Any, *types: str) -> bool:
     """Whether a feature is a scalar of one of these types, of any width."""
     return isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_").startswith(types)
+
+
+def _is_image_storage(feature: Any) -> bool:
+    """Whether a feature is a struct of an image's bytes and, perhaps, its path."""
+    return (
+        isinstance(feature, dict)
+        and feature.keys() in ({"bytes"}, {"bytes", "path"})
+        and _has_type(feature["bytes"], "binary")
+        and _has_type(feature.get("path", datasets.Value("string")), "string", "null")
+    )
 
 
 def _column(features: datasets.Features, option: str, name: str | None, found: list[str], usable: list[str]) -> str:

@@ -75,11 +75,17 @@ def _convert_mode(image: PIL.Image.Image, image_mode: str | None, background: st
     gray = image.mode in GRAY_MODES
     if image.mode == "F":
         raise ValueError("float pixels have no fixed range; store the image with 8 or 16 bits")
+    transparent = image.info.get("transparency")  # of a PNG: the gray value or colour that is transparent
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"pixel values {values.min()} to {values.max()} are outside 16 bits (0 to 65535)")
         image = PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(PIL.Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    elif image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        # Pillow reduces colours of 16 bits to their upper 8, but not the transparent one.
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.has_transparency_data:
         image = image.convert("LA" if gray else "RGBA").convert("RGBA")
         if image_mode != "RGBA":

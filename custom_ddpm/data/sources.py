@@ -1,9 +1,11 @@
 """Opening of image datasets: from the Hub, from folders of images, or from local dataset files."""
 
+import glob
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import datasets
 from PIL import ImageColor
@@ -11,17 +13,44 @@ from PIL import ImageColor
 from ..messages import one_line
 from .base import ImageData, Request
 from .cache import CachedImages
+from .folder import Folder, list_folder
+from .folder_dataset import open_folder
 from .labels import find_image_column, find_label_column
 from .pixels import MODES, Transform
 from .stream import StreamedImages
 
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-def _load(path: str | None, image_folder: str | None, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
+
+def _open(
+    path: str | None,
+    train_data_dir: str | Folder | None,
+    class_conditional: bool,
+    label_column: str | None,
+    options: dict[str, Any],
+) -> tuple[AnyDataset, list[str]]:
+    """Return the dataset, and lines for the log about its files; `options` are those of `load_dataset`."""
+    if train_data_dir and not path:
+        folder = train_data_dir if isinstance(train_data_dir, Folder) else list_folder(train_data_dir)
+        own = {name: options[name] for name in ("split", "cache_dir", "streaming")}
+        return open_folder(folder, class_conditional=class_conditional, label=label_column, **own)
+    if train_data_dir or not path:
+        raise ValueError("give either dataset_name or train_data_dir")
+    dataset = _load(path, **options)
+    if dataset.features is None:
+        raise ValueError("this stream does not declare the types of its columns; open it without streaming")
+    return dataset, _dropped(path, options["split"], dataset) + _unfinished(path)
+
+
+def _load(path: str, **options: Any) -> AnyDataset:
     """Call `load_dataset`, also for single files and `save_to_disk` folders; its errors become one-line ValueErrors."""
-    folder = Path(path or "")
+    folder = Path(path)
+    if folder.exists() and glob.has_magic(str(folder.resolve())):
+        raise ValueError(
+            f"cannot open the dataset {path!r}: its path must not contain *, ? or [, which datasets takes for "
+            f"patterns that may match other files; it is {str(folder.resolve())!r}"
+        )
     try:
-        if image_folder is not None:
-            return datasets.load_dataset("imagefolder", data_dir=image_folder, **options)
         if folder.is_file():
             return datasets.load_dataset(str(folder.parent), data_files=folder.name, **options)
         if (folder / "dataset_dict.json").is_file():
@@ -31,10 +60,51 @@ def _load(path: str | None, image_folder: str | None, **options: Any) -> dataset
         if (folder / "state.json").is_file():
             return datasets.load_dataset("arrow", data_files=f"{folder}/data-*.arrow", **options)
         return datasets.load_dataset(path, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # readers of many formats raise exceptions of any type on damaged files
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # this error's own message does not state the reason
-        raise ValueError(f"cannot open the dataset {path or image_folder!r}: {one_line(error)}") from error
+        hint = f"; for the pictures in it give --train_data_dir {path}" if _count_pictures(path) else ""
+        raise ValueError(f"cannot open the dataset {path!r}: {one_line(error)}{hint}") from error
+
+
+def _count_pictures(path: str) -> int:
+    """Return the number of picture files in a local folder; 0 if it is none."""
+    try:
+        return len(list_folder(path).pictures)
+    except (ValueError, OSError):
+        return 0
+
+
+def _dropped(path: str, split: str, dataset: AnyDataset) -> list[str]:
+    """Return a line for the log if `load_dataset` did not take all pictures of a local folder."""
+    if dataset.info.builder_name != "imagefolder" or not os.path.isdir(path) or "[" in split:
+        return []
+    stream = isinstance(dataset, datasets.IterableDataset)
+    rows = sum(1 for _ in dataset.decode(False)) if stream else len(dataset)
+    number = _count_pictures(path)
+    if rows >= number:
+        return []
+    return [
+        f"{path}: split {split} holds {rows:,} of the folder's {number:,} pictures, by the rules of datasets "
+        f"for names of files and folders; --train_data_dir {path} takes all"
+    ]
+
+
+def _unfinished(path: str) -> list[str]:
+    """Return a line for the log for each local tar file without the block of zeros that ends a whole one.
+
+    A cut between two files, or in the header of one, is taken for the end by `tarfile`.
+    """
+    local = Path(path)
+    files = [local] if local.is_file() else sorted(local.rglob("*.tar")) if local.is_dir() else []
+    notes = []
+    for file in files:
+        if file.suffix == ".tar" and file.is_file():
+            with file.open("rb") as content:
+                content.seek(max(0, file.stat().st_size - 512))
+                if content.read() != bytes(512):
+                    notes.append(f"{file} has no end mark: it may have been cut short, and pictures may be missing")
+    return notes
 
 
 def _height_width(resolution: int | Sequence[int]) -> tuple[int, int]:
@@ -50,8 +120,6 @@ def _check_arguments(
     on_bad_image: str,
     background: str,
     seed: int,
-    dataset_name: str | None,
-    train_data_dir: str | None,
     label_column: str | None,
     class_conditional: bool,
 ) -> None:
@@ -66,8 +134,6 @@ def _check_arguments(
         raise ValueError(f"background must be the name of a colour or #rrggbb, not {background!r}") from error
     if seed < 0:
         raise ValueError(f"seed must not be negative, not {seed}")
-    if bool(dataset_name) == bool(train_data_dir):
-        raise ValueError("give either dataset_name or train_data_dir")
     if label_column is not None and not class_conditional:
         raise ValueError(f"label_column {label_column!r} requires class_conditional")
 
@@ -75,7 +141,7 @@ def _check_arguments(
 def open_images(
     *,
     dataset_name: str | None = None,
-    train_data_dir: str | None = None,
+    train_data_dir: str | Folder | None = None,
     dataset_config_name: str | None = None,
     dataset_revision: str | None = None,
     split: str = "train",
@@ -98,9 +164,10 @@ def open_images(
     Args:
         dataset_name: name on the Hub (private datasets: log in or set HF_TOKEN), or path of a dataset folder, of a
             parquet, arrow or webdataset (tar) file, or of a folder written by `save_to_disk`.
-        train_data_dir: alternative to `dataset_name`: a folder of image files, in one sub-folder per class.
+        train_data_dir: alternative to `dataset_name`: a local folder of image files, in one sub-folder per class: its
+            path, or a `Folder` from `list_folder`. The only split is "train".
         dataset_config_name, dataset_revision, cache_dir: `name`, `revision`, `cache_dir` of `datasets.load_dataset`.
-        split: split expression such as "train[:90%]" (streams: names only, such as "train+test").
+        split: split expression such as "train[:90%]" (streams of datasets: names only, such as "train+test").
         streaming: whether to decode the images at every visit instead of caching them.
         image_column, label_column: chosen by type if None, see `find_image_column`, `find_label_column`.
         class_conditional: whether to read labels. Those that occur are numbered 0 … K-1 without gaps.
@@ -116,19 +183,18 @@ def open_images(
     Raises:
         ValueError: one line with the argument, its value and what is valid.
     """
-    height, width = _height_width(resolution)
-    _check_arguments(
-        image_mode, on_bad_image, background, seed, dataset_name, train_data_dir, label_column, class_conditional
-    )
-    options = {"name": dataset_config_name, "revision": dataset_revision, "split": split}
-    dataset = _load(dataset_name, train_data_dir, cache_dir=cache_dir, streaming=streaming, **options)
-    if dataset.features is None:
-        raise ValueError("this stream does not declare the types of its columns; open it without streaming")
+    transform = Transform(*_height_width(resolution), center_crop, image_mode, background)
+    _check_arguments(image_mode, on_bad_image, background, seed, label_column, class_conditional)
+    options: dict[str, Any] = {"name": dataset_config_name, "revision": dataset_revision, "split": split}
+    options |= {"cache_dir": cache_dir, "streaming": streaming}
+    dataset, notes = _open(dataset_name, train_data_dir, class_conditional, label_column, options)
     image_column = find_image_column(dataset.features, image_column)
     label_column = find_label_column(dataset.features, label_column) if class_conditional else None
-    transform = Transform(height, width, center_crop, image_mode, background)
     request = Request(image_column, label_column, id2label, seed, num_workers, on_bad_image == "skip")
-    if not streaming:
-        return CachedImages(dataset, transform, request)
-    source = [dataset_name, train_data_dir, dataset_config_name, dataset_revision, split]
-    return StreamedImages(dataset, transform, request, source)
+    folder = os.fspath(train_data_dir) if train_data_dir else None
+    source = [dataset_name, folder, dataset_config_name, dataset_revision, split]
+    data = (
+        StreamedImages(dataset, transform, request, source) if streaming else CachedImages(dataset, transform, request)
+    )
+    data.notes = notes
+    return data

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import torch
 
+from ..messages import one_line
 from .base import STREAM_PEEK, Batch, ImageData, Request, fingerprint
 from .labels import label_id, number_labels
 from .pixels import MODES, Row, Transform, UnreadableImageError, crop
@@ -19,6 +20,22 @@ STREAM_LOOKAHEAD = 8  # number of consecutive unreadable images that `skip` can 
 
 Window = list[tuple[int, list[Row]]]  # the positions of a batch, each with its row and the rows that may replace it
 Result = str | tuple[torch.Tensor, torch.Tensor | None, int]  # an error, or images, labels, number of replaced images
+
+
+def _rows(dataset: datasets.IterableDataset) -> Iterator[Row]:
+    """Iterate over a stream, with errors as ValueErrors of one line.
+
+    Readers of many formats raise exceptions of any type where a file is damaged.
+    """
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(f"cannot read the dataset further: {one_line(error)}") from error
+        yield row
 
 
 class StreamedImages(ImageData, torch.utils.data.Dataset):
@@ -95,7 +112,8 @@ class StreamedImages(ImageData, torch.utils.data.Dataset):
     def _windows(self, positions: Iterable[Sequence[int]]) -> Iterator[Window]:
         """Yield the undecoded rows of each batch."""
         epochs = (np.random.default_rng([self._request.seed, epoch]) for epoch in itertools.count())
-        rows = (row for rng in epochs for row in self._dataset.shuffle(generator=rng, buffer_size=STREAM_BUFFER))
+        orders = (self._dataset.shuffle(generator=rng, buffer_size=STREAM_BUFFER) for rng in epochs)
+        rows = (row for order in orders for row in _rows(order))
         ahead, start = deque[Row](), 0  # `ahead` holds the rows from position `start` on
         for batch in positions:
             windows = []
@@ -136,7 +154,7 @@ class StreamedImages(ImageData, torch.utils.data.Dataset):
 
     def _in_sequence(self) -> Iterator[tuple[str, np.ndarray, int | None]]:
         """Decode the rows from the first one on, in the order of the dataset."""
-        for index, row in enumerate(self._dataset):
+        for index, row in enumerate(_rows(self._dataset)):
             try:
                 yield self._decode(row)
             except UnreadableImageError as error:

@@ -13,6 +13,8 @@ from diffusers.training_utils import EMAModel
 
 from ..config import TrainingConfig
 from ..data.base import ImageData
+from ..data.folder import list_folder
+from ..data.folder_dataset import overlap
 from ..data.sources import open_images
 from ..objective import diffusion_loss
 from ..pipelines import CustomDDPMPipeline
@@ -57,7 +59,6 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
         "dataset_name": config.dataset_name,
         "dataset_config_name": config.dataset_config_name,
         "dataset_revision": config.dataset_revision,
-        "train_data_dir": config.train_data_dir,
         "image_column": config.image_column,
         "label_column": config.label_column,
         "class_conditional": config.class_conditional,
@@ -71,11 +72,19 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
     }
     # One process of each machine decodes; the others then read its result from the cache.
     with state.local_main_process_first():
+        # Listed once, for both splits.
+        folder = None if config.train_data_dir is None else list_folder(config.train_data_dir)
+        options["train_data_dir"] = folder
         data = open_images(split=config.split, image_mode=config.image_mode, center_crop=config.center_crop, **options)
         validation = None
         if config.validation_split is not None:
             held_out = {**options, "id2label": data.id2label, "center_crop": True, "image_mode": data.mode}
             validation = open_images(split=config.validation_split, **held_out)
+            data.notes = list(dict.fromkeys([*data.notes, *validation.notes]))
+            if folder is not None and (both := overlap(config.split, config.validation_split, len(folder.pictures))):
+                data.notes.append(
+                    f"{both:,} pictures of --validation_split are trained on too; --split may exclude them"
+                )
     return data, validation
 
 

@@ -80,7 +80,10 @@ def test_split_expressions(tmp_path):
         ({"train_data_dir": "x"}, "either dataset_name or train_data_dir"),
         ({"dataset_name": None}, "either dataset_name or train_data_dir"),
         ({"dataset_name": "/no/such/folder"}, "cannot open the dataset '/no/such/folder'"),
-        ({"dataset_name": None, "train_data_dir": "/no/such/folder"}, "cannot open the dataset '/no/such/folder'"),
+        (
+            {"dataset_name": None, "train_data_dir": "/no/such/folder"},
+            "--train_data_dir '/no/such/folder' does not exist",
+        ),
         ({"split": "validation"}, "cannot open .*validation.*train"),
         ({"split": "train[:x]"}, r"cannot open .*train\[:x\]"),
         ({"split": "train[:0]"}, r"cannot open .*train\[:0\]"),
@@ -115,7 +118,7 @@ def test_invalid_arguments_raise(tmp_path, options, message, streaming):
 
 def test_a_folder_without_images_raises(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
-    with pytest.raises(ValueError, match="cannot open the dataset") as error:
+    with pytest.raises(ValueError, match="holds no pictures") as error:
         open_images(train_data_dir=str(tmp_path), resolution=4)
     assert "\n" not in str(error.value)
 

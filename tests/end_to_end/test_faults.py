@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from accelerate.state import AcceleratorState
-from runs import PYTHON, ROOT, flags, metrics, run, tiny
+from runs import PYTHON, ROOT, SCRIPT, flags, metrics, run, tiny
 
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.training.checkpoint import LOCK, list_checkpoints
@@ -94,7 +94,8 @@ def pictures(count, size=8):
         ({"split": "train[:0]"}, ["train[:0]", "no data"]),
         ({"validation_split": "held_out"}, ["held_out"]),
         ({"dataset_name": "not-there"}, ["not-there"]),
-        ({"dataset_name": None, "train_data_dir": "not-there"}, ["not-there"]),
+        ({"dataset_name": None, "train_data_dir": "not-there"}, ["--train_data_dir 'not-there' does not exist"]),
+        ({"dataset_name": None, "train_data_dir": SCRIPT}, ["train_ddpm.py' is a file"]),
         ({"resolution": 0}, ["--resolution is [0]", "at least 1"]),
         ({"train_batch_size": 0}, ["--train_batch_size is 0", "at least 1"]),
         ({"mixed_precision": "fp16"}, ["--mixed_precision is fp16", "bf16"]),
@@ -116,6 +117,19 @@ def test_a_folder_without_pictures(tmp_path, program):
     (tmp_path / "texts" / "a.txt").write_text("no picture")
     refused(program(*flags(tmp_path / "run", dataset_name=None, train_data_dir=str(tmp_path / "texts"))), "texts")
     assert not contents(tmp_path / "run")
+
+
+def test_what_is_left_out_of_a_folder_is_said_at_the_start(tmp_path, program):
+    (tmp_path / "pics[1]").mkdir()
+    for i, image in enumerate(pictures(4)):
+        PIL.Image.fromarray(image).save(tmp_path / "pics[1]" / f"test {i}.png")
+    (tmp_path / "pics[1]" / "train.txt").write_text("no picture")
+    options = {"dataset_name": None, "train_data_dir": str(tmp_path / "pics[1]"), "validation_split": "train[75%:]"}
+    status, said = program(*flags(tmp_path / "run", **options, split="train[:75%]"))
+    assert status == 0
+    assert any("5 files found, 4 pictures used; left out: 1 not a picture ('train.txt')" in line for line in said), said
+    assert any("images: 3 " in line for line in said)
+    refused(program(*flags(tmp_path / "other", **{**options, "validation_split": "test"})), "'test'", "train[90%:]")
 
 
 def test_a_row_that_is_no_picture_is_named_or_skipped_and_counted(tmp_path, program):
