@@ -525,13 +525,13 @@ def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX locks")
-def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, caplog):
     def lockf(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", lockf)
     claim(tmp_path)
-    assert f"{tmp_path} is on a disk without locks (No locks available)" in caplog.text
+    assert f"{tmp_path} is on a file system without locks (No locks available)" in caplog.text
 
 
 def test_a_new_folder_is_made(tmp_path):
