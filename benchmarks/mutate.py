@@ -1,8 +1,9 @@
-"""Does any wrong coefficient go unnoticed? `python benchmarks/mutate.py [schedules scheduler objective]`
+"""Mutation testing of the mathematics: `python benchmarks/mutate.py [schedules scheduler likelihood objective]`.
 
-Every number of a formula, every arithmetic expression and every mathematical call of the three files is multiplied by
-1.0001, every + − × ÷ is swapped with its opposite and every minus sign dropped: one change at a time, and for each the
-tests run until one fails. Printed are the survivors. Two processes; the files themselves are not touched.
+Every number in a formula, every arithmetic expression and every mathematical call of these files is multiplied by
+1.0001, every + − × ÷ is replaced by its inverse and every minus sign is dropped, one change at a time. For each change
+the tests run until one fails; changes that no test detects are printed. Uses two processes; the files themselves are
+not modified.
 """
 
 import ast
@@ -20,7 +21,8 @@ from types import CodeType
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# What the tests need is imported once, here, and inherited by every fork; the package itself must not be.
+# Imported once, before the forks, so that every child inherits the modules. The package itself must not be imported
+# here: each child imports its own mutated version.
 import diffusers  # noqa: F401
 import hypothesis
 import mpmath  # noqa: F401
@@ -32,10 +34,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "schedules": ("test_schedules.py",),
     "scheduler": ("test_scheduler.py", "test_exact_world.py"),
+    "likelihood": ("test_likelihood.py",),
     "objective": ("test_objective.py",),
 }
 SOURCES = {module: (ROOT / "custom_ddpm" / f"{module}.py").read_text() for module in TESTS}
-SLOW = "not compile and not million and not samples_"  # the others see the same coefficients
+SLOW = "not compile and not million and not samples_"  # slow tests, whose coefficients the others cover
 MATHEMATICS = set(
     "arange cat clamp cos cumsum diff exp expm1 lerp linspace log log1p log_ndtr maximum mean quantile sigmoid sqrt "
     "square sum".split()
@@ -45,11 +48,12 @@ ARITHMETIC = (*OPPOSITE, ast.Pow, ast.FloorDiv, ast.Mod)
 
 
 def is_arithmetic(node: ast.AST) -> bool:
+    """Whether the node is a binary arithmetic expression."""
     return isinstance(node, ast.BinOp) and isinstance(node.op, ARITHMETIC)
 
 
 def changes(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
-    """The wrong versions of one node. An integer counts as a number where it is calculated with."""
+    """Mutated versions of one node. An integer is mutated only where it is an operand of an arithmetic expression."""
     number = type(node.value) if isinstance(node, ast.Constant) and node.value else None
     is_number = number is float or (number is int and is_arithmetic(parent))
     is_mathematics = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in MATHEMATICS
@@ -62,7 +66,7 @@ def changes(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
 
 
 def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
-    """Where an expression can be changed: parent, field, index. Annotations, messages and subscripts are left alone."""
+    """All (parent, field, index) whose expression may be mutated; annotations, messages and subscripts are skipped."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "slice", "decorator_list"):
             continue
@@ -73,7 +77,7 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
 
 
 def mutants(tree: ast.Module) -> Iterator[str]:
-    """Changes the tree in place, one change at a time, describing each."""
+    """Apply each mutation to the tree in place, one at a time, and yield its description."""
     for parent, field, index in list(places(tree)):
         holder, key = (vars(parent), field) if index is None else (getattr(parent, field), index)
         original = holder[key]
@@ -85,11 +89,14 @@ def mutants(tree: ast.Module) -> Iterator[str]:
 
 
 class MutantLoader(SourceFileLoader):
+    """Import loader and finder that replaces one module of the package by its mutant of the given number."""
+
     def __init__(self, module: str, number: int) -> None:
         super().__init__(f"custom_ddpm.{module}", str(ROOT / "custom_ddpm" / f"{module}.py"))
         self.source, self.number = SOURCES[module], number
 
     def get_code(self, fullname: str) -> CodeType | None:
+        """Compile the mutated source."""
         tree = ast.parse(self.source)
         for number, _ in enumerate(mutants(tree)):
             if number == self.number:
@@ -97,13 +104,14 @@ class MutantLoader(SourceFileLoader):
         return compile(tree, self.path, "exec")
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """The module spec for the mutated module; None for every other module."""
         if fullname != self.name:
             return None
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
 
 def failure(task: tuple[str, int]) -> str:
-    """What the tests say of a mutant: "" if it survives them. Number −1 is the file as it is."""
+    """Run the tests on a mutant; returns their output, or "" if all pass. Number −1 is the unmodified file."""
     module, number = task
     torch.set_num_threads(1)
     sys.meta_path.insert(0, MutantLoader(module, number))
@@ -117,6 +125,7 @@ def failure(task: tuple[str, int]) -> str:
 
 
 def main() -> None:
+    """Run all mutants of the modules named on the command line and print those that survive."""
     descriptions = {}
     for module in sys.argv[1:] or TESTS:
         tree = ast.parse(SOURCES[module])
@@ -126,7 +135,7 @@ def main() -> None:
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         unchanged = [(module, -1) for module in dict.fromkeys(module for module, _ in descriptions)]
         if failed := "".join(pool.map(failure, unchanged, chunksize=1)):
-            sys.exit(f"{failed}\nthe tests fail without any change")
+            sys.exit(f"{failed}\nthe tests fail on the unmodified files")
         for task, failed in zip(descriptions, pool.imap(failure, descriptions, chunksize=1), strict=True):
             if not failed:
                 survivors += 1

@@ -1,8 +1,8 @@
-"""How exact every table and coefficient is, at every timestep, beside diffusers' own: `python benchmarks/precision.py`.
+"""Accuracy of every table and coefficient, compared with diffusers: `python benchmarks/precision.py`.
 
-The truth is the formulas in forty digits (tests/reference.py). Each column is the largest error over all t, in units of
-the last place of float32 (ulp) and relative. Everything is read through the public methods of both schedulers, in
-float32, driven by ones and zeros.
+The reference values are the formulas in 40-digit arithmetic (tests/reference.py). Each column is the largest error over
+all timesteps, in float32 units in the last place (ulp) and relative. Values are read through the public methods of both
+schedulers, in float32, with inputs of ones and zeros.
 """
 
 import sys
@@ -23,6 +23,7 @@ Table = dict[str, torch.Tensor]
 
 
 def exact(schedule: str) -> dict[str, np.ndarray]:
+    """Reference values of every table for a β schedule: name -> float64 (T,)."""
     betas = reference.betas(schedule, T)
     products = reference.alphas_cumprod(betas)
     posterior = [reference.posterior(products, t, t - 1) for t in range(T)]
@@ -41,6 +42,7 @@ def exact(schedule: str) -> dict[str, np.ndarray]:
 
 
 def ours(schedule: str) -> list[torch.Tensor]:
+    """The same tables as `exact`, in its order, from `CustomDDPMScheduler`."""
     scheduler = CustomDDPMScheduler(T, beta_schedule=schedule)
     ones, zeros, t = torch.ones(T, 1), torch.zeros(T, 1), torch.arange(T)
     of_original, variance = scheduler.posterior_mean_variance(ones, zeros, t)
@@ -58,7 +60,8 @@ def ours(schedule: str) -> list[torch.Tensor]:
 
 
 def diffusers_own(schedule: str) -> list[torch.Tensor]:
-    # A learned variance of 0 and x̂_0 as the prediction: `step` then returns the posterior's mean and nothing else.
+    """The same tables as `exact`, in its order, from diffusers' `DDPMScheduler`."""
+    # With a learned variance of 0 and x̂_0 as the prediction, `step` returns exactly the posterior mean.
     scheduler = DDPMScheduler(
         T, beta_schedule=schedule, variance_type="learned", prediction_type="sample", clip_sample=False
     )
@@ -82,12 +85,14 @@ def diffusers_own(schedule: str) -> list[torch.Tensor]:
 
 
 def errors(value: torch.Tensor, truth: np.ndarray) -> tuple[float, float]:
+    """Largest error where the reference is positive: (in ulp of float32, relative)."""
     value, truth = value.double().flatten().numpy()[truth > 0], truth[truth > 0]
     difference = np.abs(value - truth)
     return (difference / np.spacing(truth.astype(np.float32)).astype(float)).max(), (difference / truth).max()
 
 
 def main() -> None:
+    """Print one table of errors for each β schedule."""
     print(f"largest error over all t, T = {T}\n")
     for schedule in reference.SCHEDULES:
         peers = [ours(schedule)]

@@ -96,7 +96,7 @@ def analytic_variance(args: argparse.Namespace) -> None:
 
     from .data.pixels import normalise
     from .flags import parse_config
-    from .objective import estimate_original_sample_variances
+    from .likelihood import estimate_original_sample_variances
     from .scheduler import CustomDDPMScheduler
     from .training.build import CONFIG_FILE
     from .training.parts import open_data

@@ -1,4 +1,4 @@
-"""Many pictures, on one process or many, one seed per picture; and the grids they are shown in."""
+"""Batched and distributed sampling with one seed per image, and image grids."""
 
 import math
 from collections.abc import Sequence
@@ -20,23 +20,24 @@ def sample_images(
     batch_size: int = 64,
     **options: Any,
 ) -> torch.Tensor:
-    """Draw one picture per seed (S1). A picture is a function of its seed: batch size and processes do not change it.
+    """Generate one image per seed (S1).
 
-    Under `accelerate launch` every process draws a share, and all of them return the whole.
+    An image depends on its seed only, not on the batch size or the number of processes. Under `accelerate launch` every
+    process generates a share, and each of them returns all images.
 
     Args:
         pipeline: `CustomDDPMPipeline`, on its device.
-        seeds: one for each picture.
-        class_labels: one for each picture, for a class-conditional model.
-        batch_size: pictures drawn at once by a process.
-        **options: further arguments of the pipeline's call.
+        seeds: one per image.
+        class_labels: one per image, for a class-conditional model.
+        batch_size: images per batch in each process.
+        **options: further arguments of the pipeline call.
 
     Returns:
         uint8 (len(seeds), C, H, W) on the CPU.
     """
     state = PartialState()
     share = math.ceil(len(seeds) / state.num_processes)
-    # The last process may have less to do; it repeats its last picture so that all tensors gathered are of one shape.
+    # The last process may have fewer images; it repeats the last one, since `gather` needs tensors of the same shape.
     mine = [min(state.process_index * share + i, len(seeds) - 1) for i in range(share)]
     device = pipeline._execution_device
     parts = []
@@ -54,12 +55,12 @@ def sample_images(
 
 
 def image_grid(images: torch.Tensor, columns: int | None = None, min_size: int = 64) -> PIL.Image.Image:
-    """Pictures in a grid with a gap between them, small ones enlarged by a whole factor without smoothing.
+    """Arrange images in a grid with gaps; small images are enlarged by an integer factor without interpolation.
 
     Args:
         images: uint8 (N, C, H, W), C = 1, 3 or 4.
-        columns: pictures in a row; a square grid if None.
-        min_size: pictures are enlarged to at least this many pixels.
+        columns: images per row; a square grid if None.
+        min_size: images are enlarged to at least this many pixels on the longer side.
     """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -69,7 +70,7 @@ def image_grid(images: torch.Tensor, columns: int | None = None, min_size: int =
     pixels = np.repeat(np.repeat(images.permute(0, 2, 3, 1).numpy(), factor, axis=1), factor, axis=2)
     height, width = height * factor, width * factor
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = picture
+        sheet[top : top + height, left : left + width] = image
     return PIL.Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)

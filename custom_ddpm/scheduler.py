@@ -1,8 +1,8 @@
-"""`CustomDDPMScheduler`: the forward process, its Bayes posterior and the reverse step, line by line from the formulas.
+"""`CustomDDPMScheduler`: the forward process, its posterior and the reverse step.
 
-Formula numbers (F3 … S1) are those of docs/derivation.md. Time runs t = 0 … T−1 in code; "before the first step" is
-t = −1, where ᾱ = 1 and the picture is x_0. This file needs only `schedules.py` beside it: both are shipped in every
-model repository.
+Formula numbers (F3 … S1) refer to docs/derivation.md. Timesteps run t = 0 … T−1 in code; t = −1 is the state before the
+first step, where ᾱ = 1 and the sample is x_0. This file imports only `schedules.py` from its folder: both files are
+saved in every model repository.
 """
 
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ VARIANCE_TYPES = (
     "analytic",
 )
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-# Schedules that most of diffusers' other schedulers do not know by name; they get the numbers instead.
+# Schedules whose names most other schedulers of diffusers do not know; their configuration stores the values of β.
 _SPELLED_OUT_SCHEDULES = ("sigmoid", "laplace", "exp")
-_SMALLEST_VARIANCE = 1e-20  # keeps the logarithm finite
+_SMALLEST_VARIANCE = 1e-20  # lower bound that keeps the logarithm finite
 
 
 @dataclass
 class CustomDDPMSchedulerOutput(BaseOutput):
-    """What `step` returns.
+    """Output of `CustomDDPMScheduler.step`.
 
     Args:
-        prev_sample: x_s, same shape and dtype as the sample given; s is the next timestep of the schedule.
-        pred_original_sample: the x̂_0 that was used, after clipping or thresholding.
+        prev_sample: x_s, shape and dtype of the input sample; s is the next timestep of the reverse process.
+        pred_original_sample: x̂_0 after clipping or thresholding, as used for `prev_sample`.
     """
 
     prev_sample: torch.Tensor
@@ -53,43 +53,84 @@ def _require(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
+def _check_arguments(config: Any) -> None:
+    _require("variance_type", config.variance_type, VARIANCE_TYPES)
+    _require("prediction_type", config.prediction_type, PREDICTION_TYPES)
+    _require("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+    if config.num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps is {config.num_train_timesteps}; it must be at least 1")
+
+
+def _make_betas(config: Any) -> torch.Tensor:
+    """β_1 … β_T in float64: `trained_betas` or the named schedule, checked, before any rescaling."""
+    if config.trained_betas is not None:
+        betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+        if betas.shape != (config.num_train_timesteps,):
+            raise ValueError(
+                f"trained_betas has shape {tuple(betas.shape)}; num_train_timesteps={config.num_train_timesteps} needs "
+                f"({config.num_train_timesteps},)"
+            )
+    else:
+        betas = make_betas(config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end)
+    if not bool((betas > 0).all() and (betas[:-1] < 1).all() and betas[-1] <= 1):
+        raise ValueError(
+            f"betas run from {betas.min().item():g} to {betas.max().item():g}; each must be in (0, 1), the last in "
+            "(0, 1] (F4)"
+        )
+    return betas
+
+
+def _make_original_sample_variances(config: Any) -> torch.Tensor:
+    """`original_sample_variances` in float64, of shape (T,); empty if None, checked if they are used."""
+    variances = torch.as_tensor(
+        [] if config.original_sample_variances is None else config.original_sample_variances, dtype=torch.float64
+    )
+    T = config.num_train_timesteps
+    if config.variance_type == "analytic" and (variances.shape != (T,) or not (variances >= 0).all()):
+        raise ValueError(
+            f"variance_type 'analytic' needs original_sample_variances: {T} numbers >= 0, one per timestep; "
+            f"got {len(variances)}"
+        )
+    return variances
+
+
 class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """DDPM (Ho, Jain, Abbeel 2020, arXiv:2006.11239) with arguments and methods of diffusers' `DDPMScheduler`.
+    """DDPM scheduler (Ho, Jain, Abbeel 2020, arXiv:2006.11239) with the interface of diffusers' `DDPMScheduler`.
 
     Every coefficient is computed in float64 from log ᾱ and rounded once to the precision of the tensors it multiplies
-    (on a device without float64, such as MPS, it is computed in float32). Methods take timesteps as an int, a 0-d
-    tensor, or one per sample (B,); they never wait for the device and have no branch on a tensor's value.
+    (in float32 on devices without float64, such as MPS). Methods accept timesteps as an int, a 0-d tensor, or one per
+    sample (B,). They never synchronise with the device and do not branch on tensor values.
 
     Args:
         num_train_timesteps: T.
-        beta_start: β_1 of the schedules that have a range.
-        beta_end: β_T of the schedules that have a range.
+        beta_start: β_1, for the schedules defined by a range.
+        beta_end: β_T, for the schedules defined by a range.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace" or "exp" (F4).
-        trained_betas: β_1 … β_T themselves, each in (0, 1), the last in (0, 1]; the three arguments above are then
-            unused.
-        variance_type: σ² of the reverse step. "fixed_small": β̃ (R4); "fixed_large": β; the same two with "_log";
-            "learned": the second half of the model's channels is σ²; "learned_range": it interpolates between log β̃ and
-            log β (Nichol & Dhariwal 2021, eq. 15); "zero": none; "analytic": the optimal one (Bao et al. 2022,
-            arXiv:2201.06503), which needs `original_sample_variances`.
-        clip_sample: clip x̂_0 to ±`clip_sample_range`.
+        trained_betas: β_1 … β_T, each in (0, 1), the last in (0, 1]; the three arguments above are then not used.
+        variance_type: σ² of the reverse step. "fixed_small": β̃ (R4). "fixed_large": β. The same two with "_log" are
+            synonyms. "learned": the second half of the model's output channels. "learned_range": the second half
+            interpolates between log β̃ and log β (Nichol & Dhariwal 2021, eq. 15). "zero": no noise. "analytic": the
+            optimal variance (Bao et al. 2022, arXiv:2201.06503), which needs `original_sample_variances`.
+        clip_sample: whether to clip x̂_0 to ±`clip_sample_range`.
         prediction_type: what the model predicts: "epsilon" (T1), "sample" (x_0) or "v_prediction"
             (v = √ᾱ ε − √(1−ᾱ) x_0, Salimans & Ho 2022, arXiv:2202.00512).
-        thresholding: dynamic thresholding of x̂_0 (Saharia et al. 2022, arXiv:2205.11487) in place of clipping.
-        dynamic_thresholding_ratio: the quantile of |x̂_0| that it takes.
+        thresholding: whether to apply dynamic thresholding to x̂_0 (Saharia et al. 2022, arXiv:2205.11487) instead of
+            clipping.
+        dynamic_thresholding_ratio: quantile of |x̂_0| used as the threshold.
         clip_sample_range: see `clip_sample`.
-        sample_max_value: upper bound of that quantile.
+        sample_max_value: upper bound of the dynamic threshold.
         timestep_spacing: "leading", "linspace" or "trailing" (Lin et al. 2024, table 2).
         steps_offset: added to the timesteps of "leading".
-        rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2024); not possible with "epsilon".
+        rescale_betas_zero_snr: whether to rescale β so that ᾱ_T = 0 (Lin et al. 2024); not possible with "epsilon".
         original_sample_variances: T numbers E[Var(x_0 | x_t)] per pixel, for variance_type "analytic"; see
-            `objective.estimate_original_sample_variances`.
+            `likelihood.estimate_original_sample_variances`.
 
     Attributes:
         betas, alphas, alphas_cumprod: float32 (T,) on the CPU: β_t, α_t = 1−β_t, ᾱ_t.
-        timesteps: int64, the descending schedule of the reverse process; T−1 … 0 until `set_timesteps`.
+        timesteps: int64, the descending timesteps of the reverse process; T−1 … 0 until `set_timesteps` is called.
 
     Raises:
-        ValueError: an argument out of range, named with its value.
+        ValueError: an argument is out of range.
         NotImplementedError: unknown `beta_schedule`.
     """
 
@@ -117,58 +158,16 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         rescale_betas_zero_snr: bool = False,
         original_sample_variances: list[float] | None = None,
     ):
-        _require("variance_type", variance_type, VARIANCE_TYPES)
-        _require("prediction_type", prediction_type, PREDICTION_TYPES)
-        _require("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 1")
-
-        if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
-            if betas.shape != (num_train_timesteps,):
-                raise ValueError(
-                    f"trained_betas has shape {tuple(betas.shape)}; num_train_timesteps={num_train_timesteps} needs "
-                    f"({num_train_timesteps},)"
-                )
-        else:
-            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
-        if not bool((betas > 0).all() and (betas[:-1] < 1).all() and betas[-1] <= 1):
-            raise ValueError(
-                f"betas run from {betas.min().item():g} to {betas.max().item():g}; each must be in (0, 1), the last in "
-                "(0, 1] (F4)"
-            )
+        _check_arguments(self.config)
+        betas = _make_betas(self.config)
         if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
             self.register_to_config(trained_betas=betas.tolist())
-        # Other schedulers have other defaults (β_T = 0.012, say): `from_config` of theirs shall get ours.
+        # Other schedulers have other defaults (β_T = 0.012, for example): their `from_config` must receive our values.
         self.register_to_config(_use_default_values=[])
-        if rescale_betas_zero_snr:
-            betas = rescale_zero_terminal_snr(betas)
-
-        # Position t+1 holds log ᾱ_t; position 0 is t = −1, where ᾱ = 1. Every coefficient comes from this one table.
-        self._log_alphas_cumprod = torch.cat([torch.zeros(1, dtype=torch.float64), log_alphas_cumprod(betas)])
-        if prediction_type == "epsilon" and torch.isneginf(self._log_alphas_cumprod[-1]):
-            raise ValueError(
-                "prediction_type 'epsilon' cannot recover x_0 where ᾱ = 0 (rescale_betas_zero_snr=True, or a β of 1); "
-                "use 'v_prediction' or 'sample'"
-            )
-        self._log_table = self._log_alphas_cumprod  # its copy on the device in use
-        beta_bars = -torch.expm1(self._log_alphas_cumprod[1:3])
-        self._smallest_posterior_variance = float(beta_bars[0] / beta_bars[-1] * betas[: len(beta_bars)][-1])
-        self.betas = betas.float()
-        self.alphas = (1.0 - betas).float()
-        self.alphas_cumprod = self._log_alphas_cumprod[1:].exp().float()
-
-        variances = torch.as_tensor(
-            [] if original_sample_variances is None else original_sample_variances, dtype=torch.float64
-        )
-        if variance_type == "analytic" and (variances.shape != (num_train_timesteps,) or not (variances >= 0).all()):
-            raise ValueError(
-                f"variance_type 'analytic' needs original_sample_variances: {num_train_timesteps} numbers >= 0, one a "
-                f"timestep; got {len(variances)}"
-            )
-        self._original_sample_variances = variances
+        self._build_tables(rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas)
+        self._original_sample_variances = _make_original_sample_variances(self.config)
         if original_sample_variances is None:
-            # Other schedulers warn of an argument that they do not know; it is in the configuration where it is used.
+            # Other schedulers warn of arguments that they do not know, so it is in the configuration only when used.
             self._internal_dict = FrozenDict(
                 {name: value for name, value in self.config.items() if name != "original_sample_variances"}
             )
@@ -178,10 +177,26 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.custom_timesteps = False
         self._use_timesteps(np.arange(num_train_timesteps)[::-1].copy(), device=None)
 
+    def _build_tables(self, betas: torch.Tensor) -> None:
+        """Build the tables of β, α, ᾱ and log ᾱ from β_1 … β_T in float64."""
+        # Index t+1 holds log ᾱ_t; index 0 is t = −1, where ᾱ = 1. Every coefficient is computed from this table.
+        self._log_alphas_cumprod = torch.cat([torch.zeros(1, dtype=torch.float64), log_alphas_cumprod(betas)])
+        if self.config.prediction_type == "epsilon" and torch.isneginf(self._log_alphas_cumprod[-1]):
+            raise ValueError(
+                "prediction_type 'epsilon' cannot recover x_0 where ᾱ = 0 (rescale_betas_zero_snr=True, or a β of 1); "
+                "use 'v_prediction' or 'sample'"
+            )
+        self._log_table = self._log_alphas_cumprod  # cached copy on the device in use
+        beta_bars = -torch.expm1(self._log_alphas_cumprod[1:3])
+        self._smallest_posterior_variance = float(beta_bars[0] / beta_bars[-1] * betas[: len(beta_bars)][-1])
+        self.betas = betas.float()
+        self.alphas = (1.0 - betas).float()
+        self.alphas_cumprod = self._log_alphas_cumprod[1:].exp().float()
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    # ---- which timesteps ----
+    # ---- timesteps ----
 
     def set_timesteps(
         self,
@@ -189,15 +204,15 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the timesteps that the reverse process visits.
+        """Set the timesteps of the reverse process.
 
         Args:
-            num_inference_steps: how many, 1 … T, spaced by `timestep_spacing`.
-            device: where `self.timesteps` shall lie.
-            timesteps: the very timesteps, strictly descending, each in [0, T); in place of `num_inference_steps`.
+            num_inference_steps: number of steps, 1 … T, spaced by `timestep_spacing`.
+            device: device of `self.timesteps`.
+            timesteps: custom timesteps, strictly descending, each in [0, T); instead of `num_inference_steps`.
 
         Raises:
-            ValueError: both or neither given; too many; not descending; out of range.
+            ValueError: both or neither given; more steps than T; not descending; out of range.
         """
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -211,8 +226,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             n = num_inference_steps
             if not 1 <= n <= T:
                 raise ValueError(
-                    f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, since the model "
-                    "knows only the timesteps that it was trained on."
+                    f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, the number of "
+                    "timesteps that the model was trained with."
                 )
             step = np.arange(n)
             if self.config.timestep_spacing == "linspace":
@@ -232,22 +247,29 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _use_timesteps(self, chosen: np.ndarray, device: str | torch.device | None) -> None:
         self.timesteps = torch.from_numpy(chosen.copy()).to(device)
-        # For every t the next lower scheduled timestep, −1 after the last: x_{t} steps to x_{previous[t]}.
+        # For every t, the next lower scheduled timestep, or −1 after the last: `step` goes from x_t to x_{previous[t]}.
         ascending = np.concatenate([[-1], chosen[::-1]])
         position = np.searchsorted(ascending, np.arange(self.config.num_train_timesteps)) - 1
         self._previous_table = torch.from_numpy(ascending[position]).to(device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
-        """The timestep that `step` goes to from `timestep`; −1 is x_0. An int gives an int, a tensor a tensor."""
+        """The timestep that `step` goes to from `timestep`; −1 is x_0.
+
+        Args:
+            timestep: t in [0, T): int, or tensor of any shape.
+
+        Returns:
+            An int for an int, a tensor of the same shape for a tensor.
+        """
         if isinstance(timestep, torch.Tensor):
             return self._previous(timestep.reshape(-1)).view_as(timestep)
         return int(self._previous_table[timestep])
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sample unchanged; other schedulers of diffusers scale it."""
+        """Return the sample unchanged; for compatibility with schedulers that scale the model input."""
         return sample
 
-    # ---- looking up log ᾱ, one value per sample, shaped to multiply the samples ----
+    # ---- table look-up: one value per sample, shaped to multiply the samples ----
 
     @staticmethod
     def _as_index(timesteps: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -259,7 +281,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._log_table.device != like.device:
             dtype = torch.float32 if like.device.type == "mps" else torch.float64
             self._log_table = self._log_alphas_cumprod.to(device=like.device, dtype=dtype)
-        # index_select, not [...]: a timestep below −1 must be an error, not a value counted from the end.
+        # index_select, not [...]: a timestep below −1 must raise an error rather than index from the end.
         return self._per_sample(self._log_table.index_select(0, timesteps + 1), like)
 
     @staticmethod
@@ -277,7 +299,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         working = torch.promote_types(dtype, torch.float32)
         return torch.addcmul(a.to(working) * x, b.to(working), y.to(working)).to(dtype)
 
-    # ---- forward: adding noise ----
+    # ---- forward process ----
 
     def add_noise(
         self,
@@ -286,10 +308,12 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timesteps: int | torch.Tensor,
         prev_timesteps: int | torch.Tensor = -1,
     ) -> torch.Tensor:
-        """F9, the closed form: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε; from any s < t: x_t = √(ᾱ_t/ᾱ_s) x_s + √(1−ᾱ_t/ᾱ_s) ε.
+        """Add noise to samples (F9): x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε.
+
+        From any s < t: x_t = √(ᾱ_t/ᾱ_s) x_s + √(1−ᾱ_t/ᾱ_s) ε.
 
         Args:
-            original_samples: (B, ...) floating, x_0 (or x_s where `prev_timesteps` is given).
+            original_samples: x_0, (B, ...) floating point; x_s if `prev_timesteps` is given.
             noise: ε ~ N(0, I), same shape (F2).
             timesteps: t in [0, T): int, 0-d, or (B,).
             prev_timesteps: s in [−1, t): int, 0-d, or (B,); −1 is x_0.
@@ -298,7 +322,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             x_t, shape and dtype of `original_samples`.
 
         Raises:
-            IndexError: a timestep out of range (on CUDA: a device-side assertion).
+            IndexError: a timestep is out of range (on CUDA: a device-side assertion).
         """
         log_t = self._log_alpha_bar(self._as_index(timesteps, original_samples), original_samples)
         log_s = self._log_alpha_bar(self._as_index(prev_timesteps, original_samples), original_samples)
@@ -307,10 +331,10 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._mix(original_samples.dtype, keep, original_samples, add, noise)
 
     def forward_step(self, sample: torch.Tensor, timesteps: int | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """F3, F5, one step of the chain: x_t = √α_t x_{t−1} + √(1−α_t) ε.
+        """One step of the forward process (F3, F5): x_t = √α_t x_{t−1} + √(1−α_t) ε.
 
         Args:
-            sample: x_{t−1}, (B, ...) floating; for t = 0 it is x_0.
+            sample: x_{t−1}, (B, ...) floating point; for t = 0 it is x_0.
             timesteps: t in [0, T): int, 0-d, or (B,).
             noise: ε ~ N(0, I), same shape.
 
@@ -320,17 +344,24 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self.add_noise(sample, noise, timesteps, prev_timesteps=timesteps - 1)
 
     def snr(self, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio ᾱ_t/(1−ᾱ_t): float32 of the shape of `timesteps`, on its device."""
+        """Signal-to-noise ratio ᾱ_t/(1−ᾱ_t).
+
+        Args:
+            timesteps: t in [0, T): int, or tensor of any shape.
+
+        Returns:
+            float32, shape and device of `timesteps`.
+        """
         timesteps = torch.as_tensor(timesteps)
         like = torch.empty((), dtype=torch.float32, device=timesteps.device)
         log_t = self._log_alpha_bar(timesteps.reshape(-1), like).reshape(timesteps.shape)
         return (log_t.exp() / -torch.expm1(log_t)).float()
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """v_t = √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022, section 4).
+        """The target of v-prediction, v_t = √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022, section 4).
 
         Args:
-            sample: x_0, (B, ...) floating.
+            sample: x_0, (B, ...) floating point.
             noise: ε, same shape.
             timesteps: t in [0, T): int, 0-d, or (B,).
 
@@ -340,7 +371,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
         return self._mix(sample.dtype, (0.5 * log_t).exp(), noise, -(-torch.expm1(log_t)).sqrt(), sample)
 
-    # ---- x_0, ε, v and the score from each other ----
+    # ---- conversion between x_0, ε, v and the score ----
 
     def predict_original_sample(
         self,
@@ -349,10 +380,10 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: torch.Tensor,
         prediction_type: str | None = None,
     ) -> torch.Tensor:
-        """x̂_0 from what the model says (R5): x_0 = (x_t − √(1−ᾱ_t) ε)/√ᾱ_t. Not clipped.
+        """x̂_0 from the model output (R5), without clipping: x_0 = (x_t − √(1−ᾱ_t) ε)/√ᾱ_t.
 
         Args:
-            model_output: (B, ...), what `prediction_type` names.
+            model_output: (B, ...), the quantity named by `prediction_type`.
             timesteps: t in [0, T): int, 0-d, or (B,).
             sample: x_t, same shape.
             prediction_type: "epsilon", "sample", "v_prediction" or "score" (∇ log q(x_t)); the configured one if None.
@@ -382,7 +413,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: torch.Tensor,
         prediction_type: str | None = None,
     ) -> torch.Tensor:
-        """ε̂ from what the model says: F9 solved for ε, ε = (x_t − √ᾱ_t x_0)/√(1−ᾱ_t). Arguments as above."""
+        """ε̂ from the model output (F9): ε = (x_t − √ᾱ_t x_0)/√(1−ᾱ_t). Arguments of `predict_original_sample`."""
         prediction_type = prediction_type or self.config.prediction_type
         _require("prediction_type", prediction_type, (*PREDICTION_TYPES, "score"))
         if prediction_type == "epsilon":
@@ -402,7 +433,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: torch.Tensor,
         prediction_type: str | None = None,
     ) -> torch.Tensor:
-        """v̂ = √ᾱ_t ε̂ − √(1−ᾱ_t) x̂_0. Arguments as for `predict_original_sample`."""
+        """v̂ from the model output: v = √ᾱ_t ε − √(1−ᾱ_t) x_0. Arguments of `predict_original_sample`."""
         prediction = (model_output, timesteps, sample, prediction_type)
         return self.get_velocity(
             self.predict_original_sample(*prediction), self.predict_epsilon(*prediction), timesteps
@@ -415,27 +446,30 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: torch.Tensor,
         prediction_type: str | None = None,
     ) -> torch.Tensor:
-        """∇ log q(x_t) = −ε̂/√(1−ᾱ_t) (Song et al. 2021, arXiv:2011.13456). Arguments as above."""
+        """The score from the model output, ∇ log q(x_t) = −ε̂/√(1−ᾱ_t) (Song et al. 2021, arXiv:2011.13456).
+
+        Arguments of `predict_original_sample`.
+        """
         epsilon = self.predict_epsilon(model_output, timesteps, sample, prediction_type)
         log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
         scale = -1.0 / (-torch.expm1(log_t)).sqrt()
         return self._mix(sample.dtype, scale, epsilon, torch.zeros_like(scale), sample)
 
-    # ---- reverse: Bayes ----
+    # ---- reverse process ----
 
     def _posterior_coefficients(
         self, timesteps: torch.Tensor, prev_timesteps: torch.Tensor, like: torch.Tensor, eta: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Coefficient of x_0, coefficient of x_t, variance η²β̃, and β_{t|s} = 1−ᾱ_t/ᾱ_s, of q_η(x_s | x_t, x_0)."""
+        """Coefficients of q_η(x_s | x_t, x_0): of x_0, of x_t, the variance η²β̃, and β_{t|s} = 1−ᾱ_t/ᾱ_s."""
         log_t = self._log_alpha_bar(timesteps, like)
         log_s = self._log_alpha_bar(prev_timesteps, like)
         alpha, beta = (log_t - log_s).exp(), -torch.expm1(log_t - log_s)  # R7: α_t -> ᾱ_t/ᾱ_s
         beta_bar_t, beta_bar_s = -torch.expm1(log_t), -torch.expm1(log_s)
 
         variance = eta**2 * beta_bar_s / beta_bar_t * beta
-        # √((1−ᾱ_s−η²β̃)/(1−ᾱ_t)) of DDIM, without the subtraction; η = 1 makes it √α (1−ᾱ_s)/(1−ᾱ_t), as R4 says.
+        # √((1−ᾱ_s−η²β̃)/(1−ᾱ_t)) of DDIM, rewritten to avoid cancellation; for η = 1 it is √α (1−ᾱ_s)/(1−ᾱ_t) of R4.
         of_sample = (beta_bar_s * ((1.0 - eta**2) * beta + alpha * beta_bar_s)).sqrt() / beta_bar_t
-        # The rest of √ᾱ_s is what x_0 must bring; η = 1 makes it √ᾱ_s β/(1−ᾱ_t), as R4 says.
+        # The coefficient of x_0 follows from E[x_s|x_0] = √ᾱ_s x_0; for η = 1 it is √ᾱ_s β/(1−ᾱ_t) of R4.
         of_original = (0.5 * log_s).exp() - of_sample * (0.5 * log_t).exp()
         return of_original, of_sample, variance, beta
 
@@ -448,23 +482,24 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         *,
         eta: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of q(x_s | x_t, x_0) (R4; R7 for any s < t).
+        """Mean and variance of the posterior q(x_s | x_t, x_0) (R4; R7 for any s < t).
 
             β̃ = (1−ᾱ_s)/(1−ᾱ_t) · β        μ̃ = √ᾱ_s β/(1−ᾱ_t) · x_0 + √α (1−ᾱ_s)/(1−ᾱ_t) · x_t
             with α = ᾱ_t/ᾱ_s and β = 1−α
 
-        `eta` widens it to the family that has the same marginals (Song et al. 2021, DDIM, arXiv:2010.02502, eq. 7 and
-        16): η = 1 is the Bayes posterior, η = 0 has no variance, and between them the variance is η²β̃.
+        `eta` selects a member of the family with the same marginals (Song et al. 2021, DDIM, arXiv:2010.02502, eq. 7
+        and 16): η = 1 is the Bayes posterior, η = 0 is deterministic, and in general the variance is η²β̃.
 
         Args:
-            original_samples: x_0, (B, ...) floating.
+            original_samples: x_0, (B, ...) floating point.
             sample: x_t, same shape.
             timesteps: t in [0, T): int, 0-d, or (B,).
-            prev_timesteps: s in [−1, t), same forms; t−1 if None; −1 is x_0 itself (variance 0).
+            prev_timesteps: s in [−1, t): int, 0-d, or (B,); t−1 if None; −1 is x_0 (variance 0).
             eta: in [0, 1].
 
         Returns:
-            mean of the shape and dtype of `sample`; variance in at least float32, of shape (B or 1, 1, ..., 1).
+            mean: shape and dtype of `sample`.
+            variance: (B or 1, 1, ..., 1) in at least float32.
         """
         t = self._as_index(timesteps, sample)
         s = t - 1 if prev_timesteps is None else self._as_index(prev_timesteps, sample)
@@ -485,22 +520,22 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         kind = self.config.variance_type
         if kind == "zero":
             return torch.full_like(posterior, -torch.inf)
-        # The posterior of the last step has no variance; the smallest that is not 0 stands in for it (Nichol & Dhariwal
-        # 2021), so that the last likelihood term has a scale. `step` adds no noise there.
+        # The posterior variance of the last step is 0. It is replaced by the smallest non-zero one (Nichol & Dhariwal
+        # 2021), so that the last likelihood term is finite. `step` adds no noise there.
         small = torch.where(last_step, eta**2 * self._smallest_posterior_variance, posterior)
         if kind in ("fixed_small", "fixed_small_log"):
             return small.log()
         if kind in ("fixed_large", "fixed_large_log"):
             return large.log()
         if kind == "analytic":
-            # Law of total variance: that of the posterior, plus that of x_0 carried over by the posterior's mean.
+            # Law of total variance: the posterior variance, plus the variance of the posterior mean over x_0.
             self._original_sample_variances = self._original_sample_variances.to(small)
             of_x0 = self._per_sample(self._original_sample_variances.index_select(0, timesteps), small)
             return (posterior + of_original**2 * of_x0).clamp(min=_SMALLEST_VARIANCE).log()
-        assert predicted_variance is not None  # `split_model_output` saw to it
+        assert predicted_variance is not None  # guaranteed by `split_model_output`
         predicted = predicted_variance.to(torch.promote_types(predicted_variance.dtype, torch.float32))
         if kind == "learned":
-            # A network's output has no sign of its own.
+            # The network output may be negative.
             return (eta**2 * predicted).clamp(min=_SMALLEST_VARIANCE).log()
         weight = (predicted + 1.0) / 2.0
         return weight * large.log().to(predicted) + (1.0 - weight) * small.log().to(predicted)
@@ -515,24 +550,27 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         eta: float = 1.0,
         limit: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """p_θ(x_s | x_t) = N(mean, σ²): x̂_0 of the model (R5), limited, in the place of x_0 in the posterior (R4, R7).
+        """Mean and log-variance of p_θ(x_s | x_t) = N(mean, σ²).
 
-        With ε-prediction and no limit the mean is R6, (x_t − β/√(1−ᾱ_t) ε̂)/√α.
+        The mean is the posterior mean (R4, R7) with the clipped x̂_0 of the model (R5) as x_0. With ε-prediction and
+        without clipping it is R6, (x_t − β/√(1−ᾱ_t) ε̂)/√α.
 
         Args:
             model_output: (B, C, ...), or (B, 2C, ...) for a learned variance.
             timesteps: t in [0, T): int, 0-d, or (B,).
             sample: x_t, (B, C, ...).
-            prev_timesteps: s in [−1, t); t−1 if None.
+            prev_timesteps: s in [−1, t): int, 0-d, or (B,); t−1 if None.
             eta: in [0, 1]; see `posterior_mean_variance`.
-            limit: False leaves x̂_0 unclipped, so that a loss on it has a gradient everywhere.
+            limit: whether to clip x̂_0; False gives a loss a non-zero gradient everywhere.
 
         Returns:
-            mean, shape and dtype of `sample`; log σ² by `variance_type`, in at least float32 and broadcastable to it
-            (−inf where nothing is added; at s = −1 the smallest β̃ that is not 0 stands for 0); x̂_0.
+            mean: shape and dtype of `sample`.
+            log_variance: log σ² by `variance_type`, in at least float32, broadcastable to `sample`; −inf for "zero". At
+                s = −1 a posterior variance of 0 is replaced by the smallest non-zero β̃.
+            pred_original_sample: x̂_0, shape and dtype of `sample`.
 
         Raises:
-            ValueError: a model output whose shape does not fit the sample and `variance_type`.
+            ValueError: the shape of `model_output` does not match `sample` and `variance_type`.
         """
         t = self._as_index(timesteps, sample)
         s = t - 1 if prev_timesteps is None else self._as_index(prev_timesteps, sample)
@@ -549,10 +587,18 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def split_model_output(
         self, model_output: torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the model says of x_0, (B, C, ...), and of the variance: (B, C, ...) if it is learned, None if not.
+        """Split the model output into the prediction and the learned variance.
+
+        Args:
+            model_output: (B, C, ...), or (B, 2C, ...) for a learned variance.
+            sample: x_t, (B, C, ...).
+
+        Returns:
+            prediction: (B, C, ...), of `prediction_type`.
+            predicted_variance: (B, C, ...) for a learned variance, otherwise None.
 
         Raises:
-            ValueError: `model_output` is not (B, 2C, ...) for a learned variance, or not of the sample's shape else.
+            ValueError: the shape of `model_output` does not match `sample` and `variance_type`.
         """
         shape = list(sample.shape)
         learned = self.config.variance_type in ("learned", "learned_range")
@@ -590,25 +636,25 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         *,
         eta: float = 1.0,
     ) -> CustomDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """S1, one step of the reverse process: x_t -> x_s, s the next timestep of the schedule.
+        """One step of the reverse process (S1): x_t -> x_s, where s is the next timestep of the schedule.
 
-        x̂_0 from the model (R5), put into the posterior (R4, R7), plus σ z; the step that arrives at x_0 adds no noise,
-        whatever the spacing.
+        x_s is the posterior mean (R4, R7) with x̂_0 from the model (R5), plus σ z. The step to x_0 adds no noise, for
+        every timestep spacing.
 
         Args:
             model_output: (B, C, ...), or (B, 2C, ...) for a learned variance.
             timestep: t: int, 0-d tensor, or one per sample (B,).
             sample: x_t, (B, C, ...).
-            generator: for z; a list has one per image, so that a picture does not depend on its batch.
-            variance_noise: z itself, in place of `generator`.
-            return_dict: False gives the tuple (prev_sample, pred_original_sample).
-            eta: in [0, 1]; 1 is DDPM (ancestral), 0 is DDIM (deterministic but for variance_type "analytic").
+            generator: random generator for z; with a list of one per image, an image does not depend on its batch.
+            variance_noise: z, instead of drawing it from `generator`.
+            return_dict: whether to return a `CustomDDPMSchedulerOutput` rather than a tuple.
+            eta: in [0, 1]; 1 is DDPM (ancestral), 0 is DDIM (deterministic except for variance_type "analytic").
 
         Returns:
-            `CustomDDPMSchedulerOutput`, tensors of the shape and dtype of `sample`.
+            `CustomDDPMSchedulerOutput`, or (prev_sample, pred_original_sample); shape and dtype of `sample`.
 
         Raises:
-            ValueError: a model output whose shape does not fit the sample and `variance_type`.
+            ValueError: the shape of `model_output` does not match `sample` and `variance_type`.
         """
         t = self._as_index(timestep, sample)
         s = self._previous(t)

@@ -1,11 +1,11 @@
-"""β schedules (F4): pure functions in float64.
+"""β schedules (F4), as pure functions in float64.
 
-A schedule is one vector β_1 … β_T, 0 < β_t < 1; everything else (ᾱ, the posterior, the SNR) follows from it.
-Two families exist. Some name β itself between `beta_start` and `beta_end` (linear, scaled_linear, sigmoid): their
-meaning depends on T. Others name the curve ᾱ(u) on u ∈ [0, 1] and read β off it (squaredcos_cap_v2, laplace, exp):
-they keep their shape whatever T is. `resample_betas` gives the first family that property too.
+A schedule is a vector β_1 … β_T with 0 < β_t < 1; ᾱ, the posterior and the SNR follow from it. There are two families.
+linear, scaled_linear and sigmoid define β between `beta_start` and `beta_end`, so ᾱ_T depends on T. squaredcos_cap_v2,
+laplace and exp define the curve ᾱ(u) for u ∈ [0, 1] and derive β from it, so its shape does not depend on T.
+`resample_betas` changes T at a fixed ᾱ curve for any schedule.
 
-This file stands alone: it is shipped beside `scheduler.py` in every model repository.
+This file imports nothing of the package: it is saved beside `scheduler.py` in every model repository.
 """
 
 import math
@@ -15,13 +15,13 @@ import torch
 
 
 def _laplace_alpha_bar(u: float) -> float:
-    # √ of the paper's ᾱ, and 1e-6 inside the logarithm: diffusers' reading, kept so that configurations interchange.
+    # As in diffusers, for compatible configurations: √ of the paper's ᾱ, and 1e-6 inside the logarithm.
     log_snr = -math.copysign(0.5, 0.5 - u) * math.log(1.0 - 2.0 * abs(0.5 - u) + 1e-6)
     return math.sqrt(1.0 / (1.0 + math.exp(-log_snr)))
 
 
 ALPHA_BAR_CURVES: dict[str, Callable[[float], float]] = {
-    # Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, without its constant factor, which cancels in β.
+    # Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, without the constant factor, which cancels in β.
     "squaredcos_cap_v2": lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2.0) ** 2,
     # Hang et al. 2024 (arXiv:2407.03297), Laplace density of log-SNR, μ = 0, b = 1/2.
     "laplace": _laplace_alpha_bar,
@@ -50,7 +50,7 @@ def make_betas(
     """β_1 … β_T of a named schedule (F4).
 
     Args:
-        beta_schedule: One of `BETA_SCHEDULES`.
+        beta_schedule: one of `BETA_SCHEDULES`.
         num_train_timesteps: T >= 1.
         beta_start: β_1, in (0, 1); used by linear, scaled_linear and sigmoid only.
         beta_end: β_T, in (0, 1); used by linear, scaled_linear and sigmoid only.
@@ -59,7 +59,7 @@ def make_betas(
         float64 tensor of shape (T,).
 
     Raises:
-        NotImplementedError: unknown `beta_schedule` (the exception diffusers raises).
+        NotImplementedError: unknown `beta_schedule` (the same exception as in diffusers).
     """
     if beta_schedule in BETA_RANGES:
         return BETA_RANGES[beta_schedule](beta_start, beta_end, num_train_timesteps)
@@ -75,16 +75,22 @@ def make_betas(
 
 
 def log_alphas_cumprod(betas: torch.Tensor) -> torch.Tensor:
-    """log ᾱ_t = Σ_{s<=t} log(1−β_s) (F9), float64 of shape (T,); −inf where ᾱ_t = 0.
+    """log ᾱ_t = Σ_{s<=t} log(1−β_s) (F9).
 
-    The logarithm is what is kept, because every difference of the derivation comes from it without cancellation:
+    The logarithm is stored because every difference in the derivation follows from it without cancellation:
     1−ᾱ_t = −expm1(log ᾱ_t) and 1−ᾱ_t/ᾱ_s = −expm1(log ᾱ_t − log ᾱ_s).
+
+    Args:
+        betas: (T,), each in (0, 1].
+
+    Returns:
+        float64 (T,); −inf where ᾱ_t = 0.
     """
     return torch.log1p(-betas.double()).cumsum(0)
 
 
 def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
+    """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 is unchanged (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
 
     Args:
         betas: (T,), T >= 2, each in (0, 1].
@@ -93,20 +99,20 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
         float64 (T,); its last value is exactly 1.
     """
     root = (0.5 * log_alphas_cumprod(betas)).exp()
-    shifted = root - root[-1]  # the scale that restores the first value cancels in every ratio
+    shifted = root - root[-1]  # the scale factor that restores the first value cancels in every ratio
     return torch.cat([betas[:1].double(), 1.0 - (shifted[1:] / shifted[:-1]) ** 2])
 
 
 def resample_betas(betas: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-    """The same ᾱ curve cut into another number of steps.
+    """Resample a schedule to another number of steps with the same ᾱ curve.
 
-    `make_betas("linear", 200)` ends at ᾱ_T = 0.13: β stayed in 1e-4 … 0.02 while the number of steps fell, so a fifth
-    of the noise is added and x_T still shows the picture. `resample_betas(make_betas("linear", 1000), 200)` ends
-    where the 1000 steps end. log ᾱ is read at u = t/T, linearly between the given steps; where T divides the given
-    number of steps the new ᾱ are values of the old. Hand the result to the scheduler as `trained_betas`.
+    `make_betas("linear", 200)` ends at ᾱ_T = 0.13: β is still 1e-4 … 0.02 but there are fewer steps, so x_T is not pure
+    noise. `resample_betas(make_betas("linear", 1000), 200)` ends at the ᾱ_T of the 1000 steps. log ᾱ is interpolated
+    linearly at u = t/T; where T divides the given number of steps, the new ᾱ are a subset of the given ones. Pass the
+    result to the scheduler as `trained_betas`.
 
     Args:
-        betas: (T₀,), each in (0, 1).
+        betas: the given schedule, each value in (0, 1).
         num_train_timesteps: the new T >= 1.
 
     Returns:

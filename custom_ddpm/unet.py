@@ -1,11 +1,11 @@
 """The noise predictor ε_θ(x_t, t) (T1): the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B).
 
-A ladder of residual blocks goes down to a coarse picture and back up; every step up also reads what the same level
-saw on the way down. Each residual block is told the time t (and the class, if there are classes) and, at chosen
-levels, is followed by self-attention over all positions.
+Residual blocks at decreasing, then increasing resolution, with skip connections between blocks of the same resolution.
+Every residual block is conditioned on the timestep, and on the class if there are classes. At chosen levels each is
+followed by self-attention over all positions.
 
-Arguments and state-dict keys are those of diffusers' `UNet2DModel`, so weights go both ways without renaming.
-This file stands alone: it is shipped inside every model repository.
+Arguments and state-dict keys are those of diffusers' `UNet2DModel`, so weights load in both classes without renaming.
+This file imports nothing of the package: it is saved in every model repository.
 """
 
 import inspect
@@ -29,16 +29,18 @@ BLOCK_TYPES = {
 def timestep_embedding(
     timesteps: torch.Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
 ) -> torch.Tensor:
-    """sin(t ω_i) and cos(t ω_i) at ω_i = 10000^(−i/(h − freq_shift)), i = 0 … h−1, h = dim // 2 (Vaswani et al. 2017).
+    """Sinusoidal embedding of timesteps (Vaswani et al. 2017).
+
+    sin(t ω_i) and cos(t ω_i) with ω_i = 10000^(−i/(h − freq_shift)), i = 0 … h−1, h = dim // 2.
 
     Args:
         timesteps: (B,), any real dtype.
-        dim: number of features; an odd one ends with a zero.
+        dim: number of features; the last one is 0 if `dim` is odd.
         flip_sin_to_cos: cosines first if True, sines first (as in the paper's code) if False.
-        freq_shift: 1 lets the last wavelength be exactly 2π · 10000, as in the paper's code.
+        freq_shift: with 1 the longest wavelength is exactly 2π · 10000, as in the paper's code.
 
     Returns:
-        (B, dim) in float32, whatever the model's dtype: half precision cannot tell t = 999 from t = 1000.
+        (B, dim), always float32, since half precision cannot represent all timesteps.
     """
     half = dim // 2
     exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -48,7 +50,7 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer perceptron that turns the waves (B, dim) into the embedding (B, embedding_dim)."""
+    """Two-layer perceptron on the sinusoidal embedding."""
 
     def __init__(self, dim: int, embedding_dim: int):
         super().__init__()
@@ -56,14 +58,15 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(embedding_dim, embedding_dim)
 
     def forward(self, waves: torch.Tensor) -> torch.Tensor:
+        """(B, dim) -> (B, embedding_dim)."""
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x, t): norm, SiLU, convolution, twice; the embedding enters before the second convolution.
+    """Residual block x + f(x, t), where f is twice group norm, SiLU and convolution.
 
-    The embedding is added in front of the second norm ("default", the paper's) or scales and shifts behind it
-    ("scale_shift": Nichol & Dhariwal 2021, arXiv:2102.09672).
+    The embedding is added before the second norm ("default", as in the paper), or scales and shifts the output of that
+    norm ("scale_shift": Nichol & Dhariwal 2021, arXiv:2102.09672).
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(ins, outs, 1) if ins != outs else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """x (B, ins, H, W) and emb (B, embedding_dim), which went through a SiLU -> (B, outs, H, W)."""
+        """x (B, ins, H, W), emb (B, embedding_dim) after its SiLU -> (B, outs, H, W)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         emb = self.time_emb_proj(emb)[:, :, None, None]
         if self.scale_shift:
@@ -92,10 +95,10 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + attention(norm(x)): every position attends to every other of the same picture."""
+    """Multi-head self-attention over all positions of an image, with a residual connection."""
 
-    # Tells ModelMixin.from_pretrained to rename this module's weights in checkpoints older than diffusers 0.13
-    # (query, key, value, proj_attn), google/ddpm-cifar10-32 among them.
+    # Makes ModelMixin.from_pretrained rename the weights of this module (query, key, value, proj_attn) in checkpoints
+    # from before diffusers 0.13, such as google/ddpm-cifar10-32.
     _from_deprecated_attn_block = True
 
     def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float):
@@ -122,31 +125,33 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2) by a convolution of stride 2."""
+    """Convolution of stride 2."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.conv.padding == (0, 0):  # the paper's code pads on the right and below only
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        if self.conv.padding == (0, 0):  # as in the paper's code, which pads on the right and bottom only
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): every pixel four times, then a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Block(nn.Module):
-    """What the three kinds of block share: residual blocks, some self-attention, gradient checkpointing.
+    """Base class of the blocks: residual blocks, optional self-attention, gradient checkpointing.
 
     `gradient_checkpointing` and `_gradient_checkpointing_func` are set by ModelMixin.enable_gradient_checkpointing.
     """
@@ -160,22 +165,26 @@ class Block(nn.Module):
         self.attentions = nn.ModuleList(attentions)
 
     def run(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Call a module, with gradient checkpointing if it is enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *inputs)
         return module(*inputs)
 
     def layer(self, index: int, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """Residual block `index`, then its self-attention if there is any."""
         x = self.run(self.resnets[index], x, emb)
         return self.run(self.attentions[index], x) if self.attentions else x
 
 
 class DownBlock(Block):
+    """One level of the encoder."""
+
     def __init__(self, resnets: list[ResidualBlock], attentions: list[SelfAttention], downsamplers: list[Downsample]):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList(downsamplers)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> list[torch.Tensor]:
-        """Everything the way up will read, finest first; the last one is where the way down goes on."""
+        """Outputs of every layer, in order: the skip connections. The last one is the input of the next block."""
         skips = []
         for index in range(len(self.resnets)):
             x = self.layer(index, x, emb)
@@ -186,11 +195,14 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
+    """Residual block, optional self-attention and residual block at the lowest resolution."""
+
     def __init__(self, resnets: list[ResidualBlock], attentions: list[SelfAttention], scale_factor: float):
         super().__init__(resnets, attentions)
         self.scale_factor = scale_factor
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         x = self.run(self.resnets[0], x, emb) / self.scale_factor
         for attention in self.attentions:
             x = self.run(attention, x) / self.scale_factor
@@ -198,12 +210,14 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
+    """One level of the decoder."""
+
     def __init__(self, resnets: list[ResidualBlock], attentions: list[SelfAttention], upsamplers: list[Upsample]):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor) -> torch.Tensor:
-        """`skips`: one for each layer, the last one for the first."""
+        """Apply the layers; `skips` holds one skip connection per layer, the last one for the first layer."""
         for index, skip in enumerate(reversed(skips)):
             x = self.layer(index, torch.cat([x, skip], dim=1), emb)
         for upsample in self.upsamplers:
@@ -212,7 +226,7 @@ class UpBlock(Block):
 
 
 def _check_arguments(config: Any) -> None:
-    """Raise ValueError, one line, for the first argument of `CustomUNet2DModel` that cannot be."""
+    """Raise ValueError for the first invalid argument of `CustomUNet2DModel`."""
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -238,48 +252,100 @@ def _check_arguments(config: Any) -> None:
     require(time_scale_shift in known, f"resnet_time_scale_shift must be one of {known}, got {time_scale_shift!r}")
 
 
-def _twin(cls: Any, model: Any) -> Any:
+def _resnet(config: Any, ins: int, outs: int) -> ResidualBlock:
+    scale_shift = config.resnet_time_scale_shift == "scale_shift"
+    embedding_dim = 4 * config.block_out_channels[0]
+    return ResidualBlock(ins, outs, embedding_dim, config.norm_num_groups, config.norm_eps, config.dropout, scale_shift)
+
+
+def _attentions(config: Any, number: int, channels: int, groups: int | None) -> list[SelfAttention]:
+    return [SelfAttention(channels, config.attention_head_dim, groups, config.norm_eps) for _ in range(number)]
+
+
+def _build_down_blocks(config: Any) -> tuple[nn.ModuleList, list[int]]:
+    """The encoder, and the channels of its skip connections in order."""
+    blocks, layers_per_block = nn.ModuleList(), config.layers_per_block
+    channels = config.block_out_channels[0]
+    skip_channels = [channels]
+    for block_type, outs in zip(config.down_block_types, config.block_out_channels, strict=True):
+        resnets = [_resnet(config, channels if i == 0 else outs, outs) for i in range(layers_per_block)]
+        attended = layers_per_block if block_type.startswith("Attn") else 0
+        attentions = _attentions(config, attended, outs, config.norm_num_groups)
+        is_last = len(blocks) == len(config.block_out_channels) - 1
+        downsamplers = [] if is_last else [Downsample(outs, config.downsample_padding)]
+        blocks.append(DownBlock(resnets, attentions, downsamplers))
+        skip_channels += [outs] * (layers_per_block + len(downsamplers))
+        channels = outs
+    return blocks, skip_channels
+
+
+def _build_mid_block(config: Any) -> MidBlock:
+    channels, groups = config.block_out_channels[-1], config.attn_norm_num_groups
+    if groups is None and config.resnet_time_scale_shift == "default":
+        groups = config.norm_num_groups
+    resnets = [_resnet(config, channels, channels), _resnet(config, channels, channels)]
+    attentions = _attentions(config, 1 if config.add_attention else 0, channels, groups)
+    return MidBlock(resnets, attentions, config.mid_block_scale_factor)
+
+
+def _build_up_blocks(config: Any, skip_channels: list[int]) -> nn.ModuleList:
+    """The decoder, for skip connections with these channels; the last one is used first."""
+    blocks = nn.ModuleList()
+    channels, skips = config.block_out_channels[-1], iter(reversed(skip_channels))
+    for block_type, outs in zip(config.up_block_types, reversed(config.block_out_channels), strict=True):
+        resnets = []
+        for _ in range(config.layers_per_block + 1):
+            resnets.append(_resnet(config, channels + next(skips), outs))
+            channels = outs
+        attended = len(resnets) if block_type.startswith("Attn") else 0
+        attentions = _attentions(config, attended, outs, config.norm_num_groups)
+        is_last = len(blocks) == len(config.block_out_channels) - 1
+        blocks.append(UpBlock(resnets, attentions, [] if is_last else [Upsample(outs)]))
+    return blocks
+
+
+def _convert(cls: Any, model: Any) -> Any:
     """A model of class `cls` with the configuration, the tensors (copied) and the mode of `model`."""
-    with torch.device("meta"):  # builds without drawing random numbers that will be thrown away
-        twin = cls.from_config({name: value for name, value in model.config.items() if not name.startswith("_")})
-    twin.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
-    return twin.train(model.training)
+    with torch.device("meta"):  # the initial weights are replaced: do not allocate or draw them
+        converted = cls.from_config({name: value for name, value in model.config.items() if not name.startswith("_")})
+    converted.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    return converted.train(model.training)
 
 
 class CustomUNet2DModel(ModelMixin, ConfigMixin):
-    """ε_θ(x_t, t): a noisy picture and its time in, a prediction of the picture's shape out.
+    """U-Net for ε_θ(x_t, t): takes noisy images and timesteps, returns a prediction of the same height and width.
 
-    Arguments mean what they mean in diffusers' `UNet2DModel` and, but for the layout, default to the same. The
-    default layout is the paper's for CIFAR-10: four levels, two residual blocks each, attention at 16x16.
+    The arguments have the meaning and, except for the layout, the defaults of diffusers' `UNet2DModel`. The default
+    layout is the paper's for CIFAR-10: four levels with two residual blocks each, attention at 16x16.
 
     Args:
-        sample_size: height and width that pipelines sample at; the network itself takes any.
-        in_channels: channels of the picture, >= 1.
-        out_channels: channels of the prediction; 2 * in_channels if the variance is learned too.
+        sample_size: height and width at which pipelines sample; the network accepts any size.
+        in_channels: channels of the image, >= 1.
+        out_channels: channels of the prediction; 2 * in_channels for a learned variance.
         freq_shift, flip_sin_to_cos: see `timestep_embedding` (the paper's code: 1, False).
-        down_block_types: one a level, finest first: "DownBlock2D", or "AttnDownBlock2D" with self-attention.
-        up_block_types: one a level, coarsest first: "UpBlock2D" or "AttnUpBlock2D".
-        block_out_channels: channels at each level, finest first. Each level but the last halves the picture.
-        layers_per_block: residual blocks at each level on the way down; one more on the way up.
-        mid_block_scale_factor: what every layer of the middle block is divided by.
-        downsample_padding: 1, or 0 for one row and column of zeros on the right and below (the paper's code).
+        down_block_types: one per level, highest resolution first: "DownBlock2D", or "AttnDownBlock2D" with attention.
+        up_block_types: one per level, lowest resolution first: "UpBlock2D", or "AttnUpBlock2D" with attention.
+        block_out_channels: channels per level, highest resolution first. Each level but the last halves the resolution.
+        layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+        mid_block_scale_factor: divisor of the output of every layer in the middle block.
+        downsample_padding: 1, or 0 for one row and column of zeros on the right and bottom (the paper's code).
         dropout: probability, in every residual block (the paper: 0.1 for CIFAR-10).
-        attention_head_dim: channels a head; None is one head of all channels (the paper's).
+        attention_head_dim: channels per head; None for one head of all channels (as in the paper).
         norm_num_groups: groups of every group norm; must divide each of `block_out_channels`.
-        attn_norm_num_groups: groups of the middle attention's norm. None: `norm_num_groups`, or no norm there if
+        attn_norm_num_groups: groups of the norm of the middle attention. None: `norm_num_groups`, or no norm if
             `resnet_time_scale_shift` is "scale_shift".
         norm_eps: added to the variance in every group norm (the paper's code: 1e-6).
         resnet_time_scale_shift: "default" or "scale_shift", see `ResidualBlock`.
         add_attention: whether the middle block has self-attention.
-        num_class_embeds: number of classes for class-conditional prediction; None for none.
+        num_class_embeds: number of class embeddings for class-conditional prediction; None for an unconditional model.
 
     Raises:
-        ValueError: an argument out of its range, or arguments that do not fit each other.
+        ValueError: an argument is out of range, or arguments do not match each other.
     """
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
-    _no_split_modules = ["DownBlock", "MidBlock", "UpBlock"]  # the parts for FSDP and for `device_map`
+    _no_split_modules = ["DownBlock", "MidBlock", "UpBlock"]  # the units of FSDP and `device_map`
     config: Any
 
     @register_to_config
@@ -307,47 +373,13 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         _check_arguments(self.config)
-        embedding_dim = 4 * block_out_channels[0]
-        if attn_norm_num_groups is None and resnet_time_scale_shift == "default":
-            attn_norm_num_groups = norm_num_groups
-
-        def resnet(ins: int, outs: int) -> ResidualBlock:
-            scale_shift = resnet_time_scale_shift == "scale_shift"
-            return ResidualBlock(ins, outs, embedding_dim, norm_num_groups, norm_eps, dropout, scale_shift)
-
-        def attentions(number: int, channels: int, groups: int | None = norm_num_groups) -> list[SelfAttention]:
-            return [SelfAttention(channels, attention_head_dim, groups, norm_eps) for _ in range(number)]
-
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(block_out_channels[0], embedding_dim)
+        channels, embedding_dim = block_out_channels[0], 4 * block_out_channels[0]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels, embedding_dim)
         self.class_embedding = nn.Embedding(num_class_embeds, embedding_dim) if num_class_embeds is not None else None
-
-        final = len(block_out_channels) - 1
-        self.down_blocks = nn.ModuleList()
-        channels = block_out_channels[0]
-        skip_channels = [channels]
-        for level, (block_type, outs) in enumerate(zip(down_block_types, block_out_channels, strict=True)):
-            layers = [resnet(channels if i == 0 else outs, outs) for i in range(layers_per_block)]
-            attended = layers_per_block if block_type.startswith("Attn") else 0
-            downsamplers = [Downsample(outs, downsample_padding)] if level < final else []
-            self.down_blocks.append(DownBlock(layers, attentions(attended, outs), downsamplers))
-            skip_channels += [outs] * (layers_per_block + len(downsamplers))
-            channels = outs
-
-        layers = [resnet(channels, channels), resnet(channels, channels)]
-        mid_attentions = attentions(1 if add_attention else 0, channels, attn_norm_num_groups)
-        self.mid_block = MidBlock(layers, mid_attentions, mid_block_scale_factor)
-
-        self.up_blocks = nn.ModuleList()
-        for level, (block_type, outs) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True)):
-            layers = []
-            for _ in range(layers_per_block + 1):
-                layers.append(resnet(channels + skip_channels.pop(), outs))
-                channels = outs
-            attended = layers_per_block + 1 if block_type.startswith("Attn") else 0
-            upsamplers = [Upsample(outs)] if level < final else []
-            self.up_blocks.append(UpBlock(layers, attentions(attended, outs), upsamplers))
-
+        self.down_blocks, skip_channels = _build_down_blocks(self.config)
+        self.mid_block = _build_mid_block(self.config)
+        self.up_blocks = _build_up_blocks(self.config, skip_channels)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
         self._init_weights()
@@ -356,48 +388,51 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
     def from_config(  # type: ignore[override]
         cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """As in diffusers, and refuses what `UNet2DModel` can be told and this class cannot.
+        """Build a model from a configuration of this class or of `UNet2DModel`; arguments as in diffusers.
 
         Raises:
-            ValueError: names every such setting with its value.
+            ValueError: settings of `UNet2DModel` that this class does not support; the message lists all of them.
         """
         stock, ours = (inspect.signature(init).parameters for init in (UNet2DModel.__init__, cls.__init__))
         foreign = {name: argument.default for name, argument in stock.items() if name not in ours}
         refused = [
             f"{name}={value!r}"
             for name, value in {**config, **kwargs}.items()
-            # num_train_timesteps only sizes a learned time embedding, and that is refused by its own name.
+            # num_train_timesteps only sets the size of a learned time embedding, which is refused by its own name.
             if (name in foreign and name != "num_train_timesteps" and value != foreign[name])
             or (name in BLOCK_TYPES and not {*value} <= {*BLOCK_TYPES[name]})
         ]
         if refused:
             raise ValueError(f"{cls.__name__} cannot express these settings of UNet2DModel: {', '.join(refused)}")
-        # _use_default_values would replace what UNet2DModel left at its default by this class's default.
+        # With _use_default_values, values left at UNet2DModel's defaults would be replaced by this class's defaults.
         config = {name: config[name] for name in config if name not in foreign and name != "_use_default_values"}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_diffusers(cls, model: UNet2DModel) -> "CustomUNet2DModel":
-        """The same network as this class: same configuration, copied tensors, same device, dtypes and mode.
+        """Convert from diffusers' class: same configuration, copied tensors, same device, dtypes and mode.
 
         Raises:
-            TypeError: `model` is no `UNet2DModel`.
-            ValueError: a setting this class cannot express, by name.
+            TypeError: `model` is not a `UNet2DModel`.
+            ValueError: `model` has settings that this class does not support.
         """
         if not isinstance(model, UNet2DModel):
             raise TypeError(f"from_diffusers takes a UNet2DModel, got {type(model).__name__}")
-        return _twin(cls, model)
+        return _convert(cls, model)
 
     def to_diffusers(self) -> UNet2DModel:
-        """The same network as diffusers' class: same configuration, copied tensors, same device, dtypes and mode.
+        """Convert to diffusers' class: same configuration, copied tensors, same device, dtypes and mode.
 
-        `UNet2DModel` does not pad: it takes heights and widths that are multiples of 2^(levels − 1) only.
+        `UNet2DModel` does not pad: it accepts only heights and widths that are multiples of 2^(levels − 1).
         """
-        return _twin(UNet2DModel, self)
+        return _convert(UNet2DModel, self)
 
     def _init_weights(self) -> None:
-        """The paper's code: Glorot uniform, biases 0; the last layer of every residual branch and of the network 0,
-        so that training starts from plain shortcuts and from the prediction 0, the mean of ε."""
+        """Initialise as the paper's code does: Glorot uniform weights and zero biases.
+
+        The last layer of every residual branch and of the network is zero, so that every block is initially a shortcut
+        and the initial prediction is 0, the mean of ε.
+        """
         last_layers: list[Any] = [self.conv_out]
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -417,22 +452,46 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """
+        """Predict the noise (or x_0, or v) of a batch of noisy images.
+
         Args:
             sample: x_t, (B, in_channels, H, W), any H and W >= 1, in the model's dtype (or any under autocast).
-            timestep: t in [0, T): one for all pictures (a number or a 0-d tensor) or one each, (B,).
-            class_labels: (B,) of int64 in [0, num_class_embeds); given if and only if the model has classes.
-            return_dict: False returns a tuple of one.
+            timestep: t in [0, T): one for all images (a number or a 0-d tensor) or one per image, (B,).
+            class_labels: int64 (B,) in [0, num_class_embeds); required if and only if the model has classes.
+            return_dict: whether to return a `UNet2DOutput` rather than a tuple of one tensor.
 
         Returns:
-            An output whose `.sample` is (B, out_channels, H, W).
+            `UNet2DOutput` whose `.sample` is (B, out_channels, H, W).
 
         Raises:
-            ValueError: a shape that does not fit, class labels missing or not expected.
+            ValueError: a shape does not match; class labels are missing, or given to an unconditional model.
         """
+        timestep = self._check_inputs(sample, timestep, class_labels)
+        emb = self._embed(sample, timestep, class_labels)
+        height, width = sample.shape[2:]
+        sample, top, left = self._pad(sample)
+
+        sample = self.conv_in(sample)
+        skips = [sample]
+        for block in self.down_blocks:
+            skips += block(skips[-1], emb)
+        sample = self.mid_block(skips[-1], emb)
+        layers = self.config.layers_per_block + 1
+        for block in self.up_blocks:
+            sample, skips = block(sample, skips[-layers:], emb), skips[:-layers]
+        sample = self.conv_out(F.silu(self.conv_norm_out(sample)))
+
+        if sample.shape[2:] != (height, width):
+            sample = sample[:, :, top : top + height, left : left + width]
+        return UNet2DOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_inputs(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Raise ValueError for inputs that do not match; returns the timestep as a tensor."""
         if sample.ndim != 4 or sample.shape[1] != self.conv_in.in_channels:
             raise ValueError(f"sample must be (B, {self.conv_in.in_channels}, H, W), got {tuple(sample.shape)}")
-        batch_size, _, height, width = sample.shape
+        batch_size = len(sample)
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.full((batch_size,), timestep, dtype=torch.float32, device=sample.device)
         if timestep.shape not in ((), (1,), (batch_size,)):
@@ -443,35 +502,28 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError("class_labels must be None: the model has no classes (num_class_embeds is None)")
         if class_labels is not None and class_labels.shape != (batch_size,):
             raise ValueError(f"class_labels must be ({batch_size},), got {tuple(class_labels.shape)}")
+        return timestep
 
-        # A blocking copy of a timestep that lives on the CPU would make the GPU wait at every step.
-        timestep = timestep.to(sample.device, non_blocking=sample.device.type != "cpu").expand(batch_size)
-        channels, config = self.conv_in.out_channels, self.config
-        waves = timestep_embedding(timestep, channels, config.flip_sin_to_cos, config.freq_shift)
+    def _embed(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Embedding of timestep and class after its SiLU, (B, embedding_dim)."""
+        # A blocking copy of a timestep from the CPU would synchronise with the GPU at every step.
+        timestep = timestep.to(sample.device, non_blocking=sample.device.type != "cpu").expand(len(sample))
+        config = self.config
+        waves = timestep_embedding(timestep, self.conv_in.out_channels, config.flip_sin_to_cos, config.freq_shift)
         emb = self.time_embedding(waves.to(sample.dtype))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
-        emb = F.silu(emb)
+        return F.silu(emb)
 
-        # Sides that do not halve evenly are padded, half on each side. Copies of the border, because they keep the
-        # brightness and the noise level that the group norms see (zeros would dilute both) and work for any size
-        # (a reflection must be smaller than the picture).
+    def _pad(self, sample: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+        """Pad height and width to multiples of 2^(levels − 1); returns the sample and its top and left padding.
+
+        The border is replicated, since this keeps the brightness and the noise level in the statistics of the group
+        norms (zeros would reduce both) and works for any size (reflection needs less padding than image).
+        """
         stride = 2 ** (len(self.down_blocks) - 1)
-        extra_height, extra_width = ((side + stride - 1) // stride * stride - side for side in (height, width))
+        extra_height, extra_width = ((side + stride - 1) // stride * stride - side for side in sample.shape[2:])
         top, left = extra_height // 2, extra_width // 2
         if extra_height or extra_width:
             sample = F.pad(sample, (left, extra_width - left, top, extra_height - top), mode="replicate")
-
-        sample = self.conv_in(sample)
-        skips = [sample]
-        for block in self.down_blocks:
-            skips += block(skips[-1], emb)
-        sample = self.mid_block(skips[-1], emb)
-        layers = config.layers_per_block + 1
-        for block in self.up_blocks:
-            sample, skips = block(sample, skips[-layers:], emb), skips[:-layers]
-        sample = self.conv_out(F.silu(self.conv_norm_out(sample)))
-
-        if extra_height or extra_width:
-            sample = sample[:, :, top : top + height, left : left + width]
-        return UNet2DOutput(sample=sample) if return_dict else (sample,)
+        return sample, top, left

@@ -1,4 +1,4 @@
-"""The figures of the derivation, each drawn with the functions that the page is about. Called by make_derivation.py."""
+"""Figures of the derivation, computed with the functions of the package. Called by make_derivation.py."""
 
 from pathlib import Path
 
@@ -36,17 +36,18 @@ ZERO, ONE = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float
 
 
 def density(x: np.ndarray, mean: float, variance: float) -> np.ndarray:
+    """Density of a Gaussian."""
     return np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
 
 
 def show_picture(axes: Axes, picture: torch.Tensor) -> None:
-    """A gray picture (1, H, W) with values in [−1, 1]; what lies outside is clipped."""
+    """Show a gray image (1, H, W) with values in [−1, 1]; values outside are clipped."""
     axes.imshow(picture[0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_axis_off()
 
 
 def noise_levels() -> Figure:
-    """F9 on one picture, and on all pixels of the digits."""
+    """F9 on one image, and the distribution over all pixels of the digits dataset."""
     scheduler = CustomDDPMScheduler()
     x_0 = normalise(open_images(dataset_name=str(DIGITS), resolution=16).take(1797)[0])
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
@@ -65,7 +66,7 @@ def noise_levels() -> Figure:
 
 
 def two_steps() -> Figure:
-    """F6 against F8, for the last two steps of the linear schedule."""
+    """F6 compared with F8, for the last two steps of the linear schedule."""
     scheduler, t, n = CustomDDPMScheduler(), 999, 200_000
     generator = torch.Generator().manual_seed(0)
     x = torch.full((n,), 0.6)
@@ -97,7 +98,7 @@ def two_steps() -> Figure:
 
 
 def convolution() -> Figure:
-    """F7: the integrand at one x, and the integral at every x."""
+    """F7: the integrand at one x, and the integral as a function of x."""
     x = np.linspace(-4, 4, 1601)
     dx = x[1] - x[0]
     f, g = density(x, 0, 0.36), density(x, 0, 0.64)
@@ -121,7 +122,7 @@ def convolution() -> Figure:
 
 
 def posterior() -> Figure:
-    """R2–R4: prior × likelihood on a grid against `posterior_mean_variance`; the weights of μ̃ over t."""
+    """R2–R4: prior × likelihood on a grid compared with `posterior_mean_variance`; the weights of μ̃ over t."""
     coarse = CustomDDPMScheduler(10, trained_betas=resample_betas(make_betas(), 10).tolist())
     t, x_0, x_t = 3, 0.9 * ONE, -0.8 * ONE
     x = torch.linspace(-2.5, 2.5, 2001, dtype=torch.float64)
@@ -153,7 +154,7 @@ def posterior() -> Figure:
 
 
 def schedules() -> Figure:
-    """ᾱ and SNR of every schedule at T = 1000; the linear one at T = 200, as it is and resampled."""
+    """ᾱ and SNR of every schedule at T = 1000; the linear schedule at T = 200, with and without resampling."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.9))
     time = np.arange(1, 1001) / 1000
     styles = zip(BETA_SCHEDULES, (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY), strict=True)
@@ -178,7 +179,7 @@ def schedules() -> Figure:
 
 @torch.no_grad()
 def reverse_chain(model: str) -> Figure:
-    """S1 with a trained model of gray pictures: x_t and x̂_0 on the way."""
+    """S1 with a trained model of gray images: x_t and x̂_0 at several timesteps."""
     pipeline = CustomDDPMPipeline.from_pretrained(model)
     unet, scheduler = pipeline.unet.eval(), pipeline.scheduler
     scheduler.set_timesteps(scheduler.config.num_train_timesteps)
@@ -202,7 +203,7 @@ def reverse_chain(model: str) -> Figure:
 
 
 def draw_figures(folder: Path, model: str) -> None:
-    """Draw all figures into `folder`, the last with a trained pipeline, `model`."""
+    """Save all figures in `folder`; the last one uses the trained pipeline `model`."""
     folder.mkdir(exist_ok=True)
     figures = [noise_levels, two_steps, convolution, posterior, schedules]
     with plt.rc_context(STYLE):
@@ -212,6 +213,6 @@ def draw_figures(folder: Path, model: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without matplotlib's version in it, the same figure is the same bytes.
+    # Without matplotlib's version in the metadata, the file is reproducible byte for byte.
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

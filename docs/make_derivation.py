@@ -1,13 +1,13 @@
-"""Writes docs/derivation.md and docs/derivation.zh.md: the derivation with its code, numbers and figures.
+"""Generate docs/derivation.md and docs/derivation.zh.md: the derivation with its code, numbers and figures.
 
     python docs/make_derivation.py                   check every formula, and write both pages
-    python docs/make_derivation.py --model FOLDER    draw the figures too, one of them with this trained pipeline
+    python docs/make_derivation.py --model FOLDER    also draw the figures, one of them with this trained pipeline
     python docs/make_derivation.py --check           check every formula, and that both pages are up to date
 
-A page is a template (docs/templates/) in which a line {{F3}} stands for: links to the functions that are formula F3, a
-snippet, and what the snippet printed. Before anything is written, every snippet is run at several t, and what it
-computed with the package is compared with the formula as it is written, evaluated here in float64 NumPy. Where they
-disagree the script ends with one line that says so. It needs the test extra of the package (for mpmath).
+A page is a template (docs/templates/) in which a line {{F3}} is replaced by links to the functions that implement
+formula F3, a code snippet and its output. First, every snippet is run at several t, and the values it computes with the
+package are compared with the formula evaluated here in float64 NumPy. The script ends with a one-line message if they
+differ. It needs the test extra of the package (for mpmath).
 """
 
 import argparse
@@ -32,11 +32,12 @@ from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler
 from custom_ddpm.data import normalise
 from custom_ddpm.objective import diffusion_loss, simple_loss, training_target
 from custom_ddpm.schedules import log_alphas_cumprod, make_betas, resample_betas, rescale_zero_terminal_snr
-from custom_ddpm.training import draw, train_from
+from custom_ddpm.training.loop import training_steps
+from custom_ddpm.training.randomness import draw
 
 DOCS = Path(__file__).resolve().parent
 PAGES = {"derivation.md": "In code: ", "derivation.zh.md": "代码："}
-CHECKED_TIMESTEPS = (1, 2, 10, 998, 999)  # beside the t that the page shows
+CHECKED_TIMESTEPS = (1, 2, 10, 998, 999)  # in addition to the t shown on the page
 TOLERANCES = {"float64": (1e-9, 1e-12), "float32": (1e-6, 1e-7)}  # relative, absolute
 
 # ---- β, α and ᾱ as the derivation defines them, t = 0 … T−1, ᾱ = 1 at −1 ----
@@ -45,15 +46,18 @@ T = 1000
 
 
 def beta(t: int) -> float:
+    """β_t of the linear schedule."""
     return 1e-4 + (0.02 - 1e-4) * t / (T - 1)
 
 
 def alpha(t: int) -> float:
+    """α_t = 1 − β_t."""
     return 1 - beta(t)
 
 
 @cache
 def alpha_bar(t: int) -> float:
+    """ᾱ_t, the product of α_0 … α_t."""
     return float(np.prod([alpha(s) for s in range(t + 1)]))
 
 
@@ -69,13 +73,14 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Formula:
-    """A formula of the page, in code and by hand.
+    """A formula of the page: its implementation, a snippet, and the expected values.
 
     Attributes:
-        code: the functions that are it; (function, text) stands for the line in the function that has the text.
-        snippet: shown, and run after `SETUP`.
-        by_hand: from the variables that the snippet left, what some of them must be: a value, or (value, ± how much).
-        any_t: whether the snippet means something at every t.
+        code: functions that implement it; (function, text) links to the line of the function that contains the text.
+        snippet: code shown on the page, executed after `SETUP`.
+        by_hand: maps the variables of the snippet to the expected values of some of them: a value, or (value,
+            tolerance).
+        any_t: whether the snippet is valid for every t.
     """
 
     code: tuple
@@ -102,10 +107,11 @@ zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64).split(1)
 
 
 def R2_by_hand(v: Any) -> Values:
+    """Bayes' theorem on a grid."""
     x = np.linspace(-3, 3, 200_001)
     likelihood = log_normal(v.x_t - sqrt(alpha(v.t)) * x, beta(v.t))
     prior = log_normal(x - sqrt(alpha_bar(v.t - 1)) * v.x_0, 1 - alpha_bar(v.t - 1))
-    product = exp(likelihood + prior - (likelihood + prior).max())  # of numbers that are too small for float64
+    product = exp(likelihood + prior - (likelihood + prior).max())  # scaled, to avoid underflow in float64
     q = product / product.sum()
     mean = (q * x).sum()
     variance = (q * (x - mean) ** 2).sum()
@@ -113,6 +119,7 @@ def R2_by_hand(v: Any) -> Values:
 
 
 def R4_by_hand(v: Any) -> Values:
+    """The posterior of one step."""
     t, a_t, a_before = v.t, alpha_bar(v.t), alpha_bar(v.t - 1)
     return {
         "variance": (1 - a_before) / (1 - a_t) * beta(t),
@@ -121,6 +128,7 @@ def R4_by_hand(v: Any) -> Values:
 
 
 def R7_by_hand(v: Any) -> Values:
+    """The posterior of a step from t to s."""
     a_t, a_s = alpha_bar(v.t), alpha_bar(v.s)
     alpha_ts = a_t / a_s
     return {
@@ -130,11 +138,14 @@ def R7_by_hand(v: Any) -> Values:
 
 
 def T2_loop_by_hand(v: Any) -> Values:
+    """The optimal weights for Gaussian data."""
     left = np.array([alpha_bar(100 * t + 99) for t in range(10)])
     return {"weight": (sqrt(1 - left) / (0.25 * left + 1 - left), 0.05)}
 
 
 def S1_by_hand(v: Any) -> Values:
+    """One sampling step, with both fixed variances and at the last step."""
+
     def mean(t: int) -> Any:
         return (v.x_t - beta(t) / sqrt(1 - alpha_bar(t)) * v.noise) / sqrt(alpha(t))
 
@@ -147,7 +158,7 @@ def S1_by_hand(v: Any) -> Values:
 
 
 def S1_chain_by_hand(v: Any) -> Values:
-    """The chain is linear and its noise Gaussian: mean and variance of x_t follow a recursion."""
+    """The chain is linear with Gaussian noise, so mean and variance of x_t follow a recursion."""
     mean, variance = 0.0, 1.0
     for t in reversed(range(T)):
         beta_bar = 1 - alpha_bar(t)
@@ -161,6 +172,7 @@ def S1_chain_by_hand(v: Any) -> Values:
 
 
 def eta_by_hand(v: Any) -> Values:
+    """DDIM (Song et al. 2021), eq. 12 and 16."""
     a_t, a_s = alpha_bar(v.t), alpha_bar(v.s)
     epsilon = (v.x_t - sqrt(a_t) * v.x_0) / sqrt(1 - a_t)
     means, variances = [], []
@@ -172,11 +184,13 @@ def eta_by_hand(v: Any) -> Values:
 
 
 def learned_by_hand(v: Any) -> Values:
+    """Interpolation between log β̃ and log β (Nichol & Dhariwal 2021, eq. 15)."""
     small, large = log(R4_by_hand(v)["variance"]), log(beta(v.t))
     return {"log_variances": [(1 + u) / 2 * large + (1 - u) / 2 * small for u in (-1.0, 0.0, 1.0)]}
 
 
 def zero_snr_by_hand(v: Any) -> Values:
+    """Lin et al. 2024, algorithm 1."""
     root = np.array([sqrt(alpha_bar(t)) for t in range(T)])
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return {
@@ -204,7 +218,7 @@ show(*back)
     "F2": Formula(
         (draw,),
         """
-from custom_ddpm.training import draw
+from custom_ddpm.training.randomness import draw
 
 # The noise of step 0 of a run with seed 0, for 64 pictures of 16x16.
 images = draw(seed=0, step=0, positions=range(64), shape=(1, 16, 16), device=torch.device("cpu")).noise
@@ -431,7 +445,7 @@ for prediction_type in ("epsilon", "sample", "v_prediction"):
         },
     ),
     "T2": Formula(
-        (simple_loss, diffusion_loss, (train_from, "# ---- Algorithm 1 ----")),
+        (simple_loss, diffusion_loss, training_steps),
         """
 from custom_ddpm.objective import simple_loss
 
@@ -485,7 +499,7 @@ show(small, large, last)
         S1_by_hand,
     ),
     "S1-chain": Formula(
-        (CustomDDPMPipeline.__call__,),
+        (CustomDDPMPipeline._denoise,),
         """
 # Pictures of one pixel, drawn from N(0.3, 0.5²): the best network is known there.
 generator = torch.Generator().manual_seed(1)
@@ -549,7 +563,7 @@ except ValueError as error:
 
 
 def run(snippet: str, t: int | None = None) -> tuple[Values, str]:
-    """The variables that a snippet leaves, and what it printed."""
+    """Execute a snippet; returns its variables and its output."""
     variables: Values = {}
     exec(SETUP, variables)
     if t is not None:
@@ -560,13 +574,14 @@ def run(snippet: str, t: int | None = None) -> tuple[Values, str]:
 
 
 def flat(value: Any) -> np.ndarray:
+    """A number, tensor, array or nested list of them as a 1-D array."""
     if isinstance(value, list | tuple):
         return np.concatenate([flat(part) for part in value])
     return np.ravel(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
 
 
 def compare(name: str, formula: Formula, variables: Values) -> None:
-    """End the program where code and formula disagree."""
+    """Exit with a message if the variables of a snippet differ from the formula."""
     arrays = {key: flat(value) if isinstance(value, torch.Tensor) else value for key, value in variables.items()}
     with np.errstate(over="ignore", under="ignore"):
         by_hand = formula.by_hand(SimpleNamespace(**arrays))
@@ -587,7 +602,7 @@ def compare(name: str, formula: Formula, variables: Values) -> None:
 
 
 def check_formulas() -> dict[str, str]:
-    """Compare every formula with its code; what the snippets print on the page."""
+    """Compare every formula with its code; returns the output of every snippet."""
     outputs = {}
     for name, formula in FORMULAS.items():
         variables, outputs[name] = run(formula.snippet)
@@ -601,7 +616,7 @@ def check_formulas() -> dict[str, str]:
 
 
 def link(code: Any) -> str:
-    """Markdown link to the definition of a function, or to the line in it that has a text."""
+    """Markdown link to the definition of a function, or to the line in it that contains a text."""
     function, text = code if isinstance(code, tuple) else (code, "def ")
     function = inspect.unwrap(function)
     lines, first = inspect.getsourcelines(function)
@@ -613,11 +628,12 @@ def link(code: Any) -> str:
 
 
 def fenced(language: str, text: str) -> str:
+    """A Markdown code block."""
     return f"```{language}\n{text.strip()}\n```"
 
 
 def precision_table() -> str:
-    """Largest relative errors of the tables and of the posterior, as benchmarks/precision.py measures them."""
+    """Markdown table of the largest relative errors, as measured by benchmarks/precision.py."""
     sys.path.insert(0, str(DOCS.parent / "benchmarks"))
     import precision
 
@@ -638,7 +654,7 @@ def precision_table() -> str:
 
 
 def pages() -> dict[str, str]:
-    """The text of every page, by file name."""
+    """Generate all pages: file name -> text."""
     outputs, precision = check_formulas(), precision_table()
     result = {}
     for page, label in PAGES.items():
@@ -652,7 +668,7 @@ def pages() -> dict[str, str]:
         asked = re.findall(r"^\{\{(.+)\}\}$", template, re.MULTILINE)
         if sorted(asked) != sorted(blocks):
             differing = sorted(set(asked) ^ set(blocks)) or sorted(n for n in asked if asked.count(n) > 1)
-            raise SystemExit(f"templates/{page} must have each block once; it differs in {', '.join(differing)}")
+            raise SystemExit(f"templates/{page} must contain each block once; check {', '.join(differing)}")
         for name, block in blocks.items():
             template = template.replace("{{" + name + "}}", block)
         result[page] = template
@@ -660,10 +676,11 @@ def pages() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Check the derivation against the code, and write its pages.")
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(description="Check the derivation against the code and generate its pages.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
-    what.add_argument("--model", help="draw the figures too: a pipeline trained by examples/configs/digits.yaml")
+    what.add_argument("--model", help="also draw the figures, with a pipeline trained by examples/configs/digits.yaml")
     options = parser.parse_args(arguments)
     for page, text in pages().items():
         path = DOCS / page

@@ -1,4 +1,4 @@
-"""Pipelines; installed as `custom_ddpm.pipelines`. Each file stands alone and loads as a `custom_pipeline`."""
+"""Pipelines, installed as `custom_ddpm.pipelines`; each file can also be loaded on its own as a `custom_pipeline`."""
 
 from .pipeline_custom_ddpm import CustomDDPMPipeline
 

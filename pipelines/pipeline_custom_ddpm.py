@@ -1,7 +1,7 @@
-"""`CustomDDPMPipeline`: Algorithm 2 (S1), unconditional or by class with guidance.
+"""`CustomDDPMPipeline`: sampling by Algorithm 2 (S1), unconditional or class-conditional with guidance.
 
-This file imports torch and diffusers only, and is shipped at the root of every model repository, so that
-`DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works where this package is not installed.
+This file imports nothing of the package when it is loaded, and is saved at the root of every model repository, so that
+`DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works where the package is not installed.
 """
 
 import importlib
@@ -22,14 +22,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class CustomDDPMPipeline(DiffusionPipeline):
-    """Pictures from noise.
+    """Pipeline for image generation with DDPM.
 
     Args:
-        unet: `CustomUNet2DModel` (or `UNet2DModel`): (x_t, t[, class_labels]) -> what the scheduler's `prediction_type`
-            names.
-        scheduler: `CustomDDPMScheduler`, or any of diffusers' compatible schedulers.
-        id2label: class names by label, for a class-conditional model. A model with one embedding more than there are
-            classes was trained with labels dropped, and its last embedding means "no class": guidance needs it.
+        unet: `CustomUNet2DModel` or `UNet2DModel`; its prediction is of the scheduler's `prediction_type`.
+        scheduler: `CustomDDPMScheduler`, or any compatible scheduler of diffusers.
+        id2label: class names by label, for a class-conditional model. If the model has one class embedding more than
+            there are names, it was trained with label dropout and the last embedding means "no class", which guidance
+            requires.
     """
 
     model_cpu_offload_seq = "unet"
@@ -38,48 +38,10 @@ class CustomDDPMPipeline(DiffusionPipeline):
     def __init__(self, unet: Any, scheduler: Any, id2label: dict | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        # JSON turns the keys into strings.
+        # The keys are strings after loading from JSON.
         self.register_to_config(id2label=id2label and {int(label): str(name) for label, name in id2label.items()})
 
     # ---- sampling ----
-
-    def _null_label(self) -> int | None:
-        embeddings, id2label = self.unet.config.num_class_embeds, self.config.id2label
-        return embeddings - 1 if embeddings and id2label and embeddings == len(id2label) + 1 else None
-
-    def _labels(self, class_labels: Any, batch_size: int, guidance_scale: float) -> list[int] | None:
-        """One label per image, or None for an unconditional model; ValueError says what does not fit."""
-        embeddings, null = self.unet.config.num_class_embeds, self._null_label()
-        if not embeddings:
-            if class_labels is not None:
-                raise ValueError("class_labels were given, but this model is unconditional; leave them out")
-            if guidance_scale != 1.0:
-                raise ValueError(
-                    f"guidance_scale is {guidance_scale}, but this model is unconditional; leave it at 1.0"
-                )
-            return None
-        if class_labels is None:
-            if null is None:
-                raise ValueError(f"this model needs class_labels: integers in [0, {embeddings}) or class names")
-            if guidance_scale != 1.0:
-                raise ValueError(f"guidance_scale is {guidance_scale}, but there are no class_labels to guide to")
-            return [null] * batch_size
-        if guidance_scale != 1.0 and null is None:
-            raise ValueError(
-                f"guidance_scale is {guidance_scale}, but this model was trained without label dropout, so there is "
-                "nothing to guide away from; leave it at 1.0"
-            )
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, int | str):
-            class_labels = [class_labels] * batch_size
-        label_of = {name: label for label, name in (self.config.id2label or {}).items()}
-        labels = [label_of.get(entry, entry) if isinstance(entry, str) else int(entry) for entry in class_labels]
-        for label in labels:
-            if not isinstance(label, int) or not 0 <= label < embeddings:
-                known = f" or one of {', '.join(label_of)}" if label_of else ""
-                raise ValueError(f"class label {label!r} is unknown; use an integer in [0, {embeddings}){known}")
-        return labels
 
     @torch.no_grad()
     def __call__(
@@ -96,58 +58,104 @@ class CustomDDPMPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Draw pictures (Algorithm 2, S1).
+        """Generate images (Algorithm 2, S1).
 
         Args:
-            batch_size: number of pictures; taken from `class_labels` or `latents` where those are one per picture.
-            class_labels: label or class name, one for all or one per picture. Without it a class-conditional model
-                that was trained with label dropout draws unconditionally.
+            batch_size: number of images; taken from `class_labels` or `latents` if those are given per image.
+            class_labels: label or class name, one for all images or one per image. Without it, a class-conditional
+                model trained with label dropout samples unconditionally.
             guidance_scale: w of classifier-free guidance, ε̂ = ε(∅) + w (ε(c) − ε(∅)) (Ho & Salimans 2022,
-                arXiv:2207.12598); 1.0 is none.
-            num_inference_steps: steps of the reverse process; None takes all T that the model was trained with.
-            eta: 1 is DDPM, 0 is DDIM; None takes the scheduler's own default. Refused where the scheduler has no eta.
-            generator: one for the batch, or a list of one per picture: then a picture does not depend on its batch.
-            latents: x_T itself, (B, C, H, W); drawn from `generator` if None.
+                arXiv:2207.12598); 1.0 for no guidance.
+            num_inference_steps: number of steps of the reverse process; None for all T of the training.
+            eta: 1 for DDPM, 0 for DDIM; None for the scheduler's default.
+            generator: one for the batch, or one per image; with one per image, an image does not depend on its batch.
+            latents: x_T, (B, C, H, W); drawn from `generator` if None.
             output_type: "pil", "np" ((B, H, W, C) float32 in [0, 1]) or "pt" ((B, C, H, W), the same range).
-            return_dict: False gives a tuple.
+            return_dict: whether to return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": x}) after each step; may return
                 {"latents": ...} to replace them.
-            callback_on_step_end_tensor_inputs: what that dictionary holds; "latents" is all there is.
+            callback_on_step_end_tensor_inputs: keys of that dictionary; only "latents" is available.
 
         Returns:
-            `ImagePipelineOutput` with `.images`; gray pictures come as PIL mode "L".
+            `ImagePipelineOutput` with `.images`; gray images are of PIL mode "L".
 
         Raises:
-            ValueError: an argument that does not fit this model; the message names it.
+            ValueError: an argument does not match the model, the scheduler or another argument.
         """
+        self._check_arguments(output_type, eta, callback_on_step_end_tensor_inputs)
+        if batch_size == 1:
+            for per_image in (class_labels, latents):
+                batch_size = len(per_image) if isinstance(per_image, list | tuple | torch.Tensor) else batch_size
+        labels = self._check_labels(class_labels, batch_size, guidance_scale)
+        latents = self._prepare_latents(latents, batch_size, generator)
+        step_options = {"generator": generator} if eta is None else {"generator": generator, "eta": eta}
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoise(latents, labels, guidance_scale, num_inference_steps, step_options, *callback)
+        images = self._to_output(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        labels: list[int] | None,
+        guidance_scale: float,
+        num_inference_steps: int | None,
+        step_options: dict[str, Any],
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None,
+        tensor_inputs: Sequence[str],
+    ) -> torch.Tensor:
+        """The loop of Algorithm 2, from x_T to x_0; `step_options` are arguments of the scheduler's `step`."""
+        class_labels = None if labels is None else torch.tensor(labels, device=latents.device)
+        self.scheduler.set_timesteps(
+            num_inference_steps or self.scheduler.config.num_train_timesteps, device=latents.device
+        )
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_output = self._predict(latents, t, class_labels, guidance_scale)
+            latents = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)[0]
+            if callback_on_step_end is not None:
+                inputs = {"latents": latents} if tensor_inputs else {}
+                latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
+        return latents
+
+    def _predict(
+        self, latents: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
+        """Model output at x_t in float32, with guidance if `guidance_scale` is not 1."""
+        model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        if class_labels is None:
+            return self.unet(model_input, t).sample.float()
+        if guidance_scale == 1.0:
+            return self.unet(model_input, t, class_labels=class_labels).sample.float()
+        both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
+        output = self.unet(torch.cat([model_input, model_input]), t, class_labels=both).sample.float()
+        without, with_class = output.chunk(2)
+        C = self.unet.config.in_channels  # the channels after these are a learned variance, which is not extrapolated
+        guided = without[:, :C] + guidance_scale * (with_class[:, :C] - without[:, :C])
+        return torch.cat([guided, with_class[:, C:]], dim=1)
+
+    # ---- checking and preparing the arguments of a call ----
+
+    def _check_arguments(self, output_type: str, eta: float | None, tensor_inputs: Sequence[str]) -> None:
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
-        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs is {callback_on_step_end_tensor_inputs}; only 'latents' is there"
-            )
-        step_options = {}
-        if eta is not None:
-            if "eta" not in inspect.signature(self.scheduler.step).parameters:
-                raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta; leave it out")
-            if not 0.0 <= eta <= 1.0:
-                raise ValueError(f"eta is {eta}; it must be between 0 (DDIM) and 1 (DDPM)")
-            step_options["eta"] = eta
-        if batch_size == 1:
-            for per_picture in (class_labels, latents):
-                if isinstance(per_picture, list | tuple | torch.Tensor):
-                    batch_size = len(per_picture)
-        labels = self._labels(class_labels, batch_size, guidance_scale)
-        if labels is not None and len(labels) != batch_size:
-            raise ValueError(f"there are {len(labels)} class_labels for batch_size {batch_size}; give one per picture")
+        if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs is {tensor_inputs}; only 'latents' is available")
+        if eta is not None and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta; leave it out")
+        if eta is not None and not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta is {eta}; it must be between 0 (DDIM) and 1 (DDPM)")
 
+    def _prepare_latents(
+        self,
+        latents: torch.Tensor | None,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """x_T in float32 on the execution device: the given one, checked, or one drawn from `generator`."""
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"generator has {len(generator)} entries for batch_size {batch_size}; give one per picture"
-            )
-
-        device = self._execution_device
-        config = self.unet.config
+            raise ValueError(f"generator has {len(generator)} entries for batch_size {batch_size}; give one per image")
+        device, config = self._execution_device, self.unet.config
         if latents is None:
             if config.sample_size is None:
                 raise ValueError("the model's config has no sample_size; give latents of the size you want")
@@ -161,41 +169,53 @@ class CustomDDPMPipeline(DiffusionPipeline):
                 f"latents have shape {tuple(latents.shape)}; "
                 f"this call needs ({batch_size}, {config.in_channels}, height, width)"
             )
-        # x_t stays in float32 whatever the model computes in: T small steps are summed up in it.
-        latents = latents.to(device=device, dtype=torch.float32)
+        # x_t stays in float32 for any dtype of the model, because T small steps accumulate in it.
+        return latents.to(device=device, dtype=torch.float32)
 
-        conditions: dict[str, torch.Tensor] = {}
-        guided = guidance_scale != 1.0
-        if labels is not None:
-            both = [self._null_label()] * batch_size + labels if guided else labels
-            conditions["class_labels"] = torch.tensor(both, device=device)
+    def _null_label(self) -> int | None:
+        """The label that stands for "no class"; None if the model was not trained with label dropout."""
+        embeddings, id2label = self.unet.config.num_class_embeds, self.config.id2label
+        return embeddings - 1 if embeddings and id2label and embeddings == len(id2label) + 1 else None
 
-        steps = num_inference_steps or self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(steps, device=device)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-            if guided:
-                model_input = torch.cat([model_input, model_input])
-            model_output = self.unet(model_input, t, **conditions).sample.float()
-            if guided:
-                without, model_output = model_output.chunk(2)
-                C = config.in_channels  # a learned variance, in the channels after these, is not extrapolated
-                guided_part = without[:, :C] + guidance_scale * (model_output[:, :C] - without[:, :C])
-                model_output = torch.cat([guided_part, model_output[:, C:]], dim=1)
-            latents = self.scheduler.step(
-                model_output, t, latents, generator=generator, return_dict=False, **step_options
-            )[0]
-            if callback_on_step_end is not None:
-                inputs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
-
-        images = self._to_output(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    def _check_labels(self, class_labels: Any, batch_size: int, guidance_scale: float) -> list[int] | None:
+        """One label per image, or None for an unconditional model; raises ValueError for labels that do not match."""
+        embeddings, null = self.unet.config.num_class_embeds, self._null_label()
+        if not embeddings:
+            if class_labels is not None:
+                raise ValueError("class_labels were given, but this model is unconditional; leave them out")
+            if guidance_scale != 1.0:
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}, but this model is unconditional; leave it at 1.0"
+                )
+            return None
+        if class_labels is None:
+            if null is None:
+                raise ValueError(f"this model needs class_labels: integers in [0, {embeddings}) or class names")
+            if guidance_scale != 1.0:
+                raise ValueError(f"guidance_scale is {guidance_scale}, but guidance needs class_labels; none are given")
+            return [null] * batch_size
+        if guidance_scale != 1.0 and null is None:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}, but this model was trained without label dropout, so guidance is "
+                "not possible; leave it at 1.0"
+            )
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, int | str):
+            class_labels = [class_labels] * batch_size
+        label_of = {name: label for label, name in (self.config.id2label or {}).items()}
+        labels = [label_of.get(entry, entry) if isinstance(entry, str) else int(entry) for entry in class_labels]
+        for label in labels:
+            if not isinstance(label, int) or not 0 <= label < embeddings:
+                known = f" or one of {', '.join(label_of)}" if label_of else ""
+                raise ValueError(f"class label {label!r} is unknown; use an integer in [0, {embeddings}){known}")
+        if len(labels) != batch_size:
+            raise ValueError(f"there are {len(labels)} class_labels for batch_size {batch_size}; give one per image")
+        return labels
 
     @staticmethod
     def _to_output(latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
-        """F1 undone: [−1, 1] to [0, 1], and to 8 bits for PIL."""
+        """Images in the output type (inverse of F1): [−1, 1] to [0, 1], and to 8 bits for PIL."""
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -208,13 +228,13 @@ class CustomDDPMPipeline(DiffusionPipeline):
     # ---- saving and loading ----
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, and lay the code files beside what they describe.
+        """Save as diffusers does (safetensors only), together with the code files of the custom classes.
 
-        The folder then loads with this package (`CustomDDPMPipeline.from_pretrained`, which runs none of its files) and
-        without it (`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`). safetensors only.
+        The folder loads with this package (`CustomDDPMPipeline.from_pretrained`, which executes none of its files) and
+        without it (`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`).
 
         Args:
-            save_directory: the folder; made if it is not there.
+            save_directory: output folder; created if it does not exist.
             *args, **kwargs: as in `DiffusionPipeline.save_pretrained`.
 
         Raises:
@@ -233,15 +253,15 @@ class CustomDDPMPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         index_file = folder / self.config_name
         for file in (index_file, *folder.glob("*/*config.json")):
-            # Where a model was loaded from says something of its maker's disk and nothing of the model.
+            # The path that a model was loaded from is private information and does not describe the model.
             saved = json.loads(file.read_text())
             if saved.pop("_name_or_path", None) is not None:
                 file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
         index = json.loads(index_file.read_text())
-        index["_class_name"] = _lay_code(type(self), folder)
+        index["_class_name"] = _copy_code(type(self), folder)
         for name, component in self.components.items():
             if not type(component).__module__.startswith("diffusers."):
-                index[name] = _lay_code(type(component), folder / name)
+                index[name] = _copy_code(type(component), folder / name)
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             push_options.setdefault("repo_id", folder.resolve().name)
@@ -249,24 +269,25 @@ class CustomDDPMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CustomDDPMPipeline":
-        """Load with the classes of the installed package; no file of the repository is run.
+        """Load with the classes of the installed package; no code of the repository is executed.
 
-        Takes a folder or a Hub repository, saved by this pipeline or by a stock `DDPMPipeline`, whose `UNet2DModel` and
-        `DDPMScheduler` become `CustomUNet2DModel` and `CustomDDPMScheduler`.
+        Accepts a folder or a Hub repository saved by this pipeline or by diffusers' `DDPMPipeline`, whose `UNet2DModel`
+        and `DDPMScheduler` are converted to `CustomUNet2DModel` and `CustomDDPMScheduler`.
 
         Args:
             pretrained_model_name_or_path: folder or "user/model".
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`; `torch_dtype`,
-                `variant`, `device_map` and others of `ModelMixin.from_pretrained`; `unet`, `scheduler`, `id2label` to
-                use in the place of the saved ones.
+                `variant`, `device_map` and other arguments of `ModelMixin.from_pretrained`; `unet`, `scheduler`,
+                `id2label` to replace the saved ones.
 
         Raises:
-            OSError: no such repository, or no safetensors weights in it.
-            ValueError: a component that is neither ours nor of diffusers.
+            OSError: the repository does not exist, or has no safetensors weights.
+            ValueError: a component is neither of this package nor of diffusers; `custom_pipeline` or
+                `trust_remote_code` is given.
         """
         for name in ("custom_pipeline", "trust_remote_code"):
             if kwargs.pop(name, None):
-                raise ValueError(f"{name} runs code of the repository; for that call DiffusionPipeline.from_pretrained")
+                raise ValueError(f"{name} runs code of the repository; use DiffusionPipeline.from_pretrained for that")
         parts = {name: kwargs.pop(name) for name in ("unet", "scheduler", "id2label") if name in kwargs}
         hub = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
         hub_options = {name: kwargs.pop(name) for name in hub if name in kwargs}
@@ -300,8 +321,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
         return cls(**parts)
 
 
-def _lay_code(component_class: type, folder: Path) -> list[str]:
-    """Copy the file of a class, and the files beside it that it imports, into `folder`; gives its model_index entry."""
+def _copy_code(component_class: type, folder: Path) -> list[str]:
+    """Copy the file of a class and its relative imports into `folder`; returns its entry in model_index.json."""
     source = Path(inspect.getfile(component_class))
     folder.mkdir(parents=True, exist_ok=True)
     for file in (source, *map(Path, get_relative_import_files(source))):

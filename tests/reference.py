@@ -1,7 +1,7 @@
-"""The formulas in forty digits: an independent reference, written from the derivation and not from the package.
+"""The formulas in 40-digit arithmetic: a reference that is independent of the package.
 
-Everything is a plain list of mpmath numbers or a scalar of them, every quantity by its textbook expression: with forty
-digits there is nothing to be clever about. `floats` rounds to the nearest float64 at the end.
+Values are mpmath numbers or lists of them, computed by the textbook expressions; with 40 digits cancellation does not
+matter. `floats` rounds to the nearest float64.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ def betas(schedule: str, T: int = 1000, start: float = 1e-4, end: float = 0.02) 
 
 
 def zero_terminal_snr(betas: Sequence) -> list:
-    """Lin et al. 2024, algorithm 1: √ᾱ shifted to end at 0, stretched to begin where it began."""
+    """Lin et al. 2024, algorithm 1: √ᾱ shifted to end at 0 and scaled to keep its first value."""
     roots = [sqrt(a) for a in alphas_cumprod(betas)]
     moved = [(r - roots[-1]) * roots[0] / (roots[0] - roots[-1]) for r in roots]
     alphas = [moved[0] ** 2] + [(b / a) ** 2 for a, b in pairwise(moved)]
@@ -84,7 +84,7 @@ def posterior(abar: Sequence, t: int, s: int) -> tuple:
 
 
 def ddim(abar: Sequence, t: int, s: int, eta) -> tuple:
-    """Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16, x_0 and x_t in place of x_0 and ε; else as `posterior`."""
+    """Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16, in terms of x_0 and x_t; returns the same as `posterior`."""
     a_t, a_s = alpha_bar(abar, t), alpha_bar(abar, s)
     variance = mpf(eta) ** 2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
     of_epsilon = sqrt(1 - a_s - variance)
@@ -92,7 +92,7 @@ def ddim(abar: Sequence, t: int, s: int, eta) -> tuple:
 
 
 def positions(spacing: str, T: int, n: int) -> list:
-    """Lin et al. 2024, table 2, descending and counted from 0, before they are rounded to timesteps."""
+    """Lin et al. 2024, table 2: descending, from 0, before rounding to timesteps."""
     if spacing == "linspace":
         return [mpf(i) * (T - 1) / (n - 1) if n > 1 else mpf(0) for i in range(n)][::-1]
     if spacing == "leading":

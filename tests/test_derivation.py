@@ -1,4 +1,4 @@
-"""The derivation pages: up to date, whole in both languages, made by a script that notices a wrong coefficient."""
+"""The derivation pages are up to date and equivalent in both languages; their script detects wrong coefficients."""
 
 import importlib.util
 import re
@@ -42,14 +42,14 @@ def test_the_committed_pages_are_what_the_script_writes(generator: ModuleType) -
     generator.main(["--check"])
 
 
-def test_a_page_that_is_not_up_to_date_is_noticed(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_is_not_up_to_date_is_detected(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {page: read(page) for page in PAGES}
     monkeypatch.setattr(generator, "pages", lambda: {**texts, "derivation.zh.md": texts["derivation.zh.md"] + "\n"})
     with pytest.raises(SystemExit, match=r"derivation\.zh\.md is not up to date"):
         generator.main(["--check"])
 
 
-# What a formula's check must notice: one function that is off by 1 part in 10⁴.
+# For each formula, a function whose results are scaled by 1.0001: the check must detect it.
 WRONG = {
     "F1": (data, "normalise"),
     "F3": (CustomDDPMScheduler, "forward_step"),
@@ -118,17 +118,16 @@ def test_both_languages_have_the_same_code_numbers_formulas_figures_and_sources(
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_the_line_that_they_name(page: str) -> None:
+def test_links_point_to_the_line_that_they_name(page: str) -> None:
     links = re.findall(r"\[`([\w.]+)`\]\((\.\./[\w./]+)#L(\d+)\)", read(page))
     assert len(links) > len(NUMBERS)
     for name, path, number in links:
         line = (DOCS / path).resolve().read_text(encoding="utf-8").splitlines()[int(number) - 1]
-        what = "Algorithm 1" if name == "train_from" else f"def {name.rsplit('.')[-1]}("
-        assert what in line
+        assert f"def {name.rsplit('.')[-1]}(" in line
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_without_a_line_lead_to_files(page: str) -> None:
+def test_links_without_a_line_point_to_files(page: str) -> None:
     for path in re.findall(r"\]\(((?!https:)[^)#]+)\)", prose(read(page))):
         assert (DOCS / path).resolve().is_file(), path
 
@@ -142,7 +141,7 @@ def test_the_figures_are_all_shown_and_small() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_github_renders_the_mathematics(page: str) -> None:
-    """GitHub gives what is between dollars to Markdown first, and sees mathematics only between some characters."""
+    """GitHub processes mathematics as Markdown first, and recognises it only between certain characters."""
     text = prose(read(page))
     inline = re.findall(r"(.?)\$([^$\n]+)\$(.?)", re.sub(r"\$\$.+?\$\$", "", text))
     assert len(inline) > 100
@@ -154,6 +153,6 @@ def test_github_renders_the_mathematics(page: str) -> None:
         assert not re.search(r"\\[^a-zA-Z]|[^\w\s]_|\*|<\S", mathematics), mathematics
 
 
-def test_snippets_leave_no_trace(generator: ModuleType) -> None:
+def test_snippets_change_no_global_state(generator: ModuleType) -> None:
     generator.run("torch.randn(3)")
     assert torch.get_default_dtype() == torch.float32

@@ -1,10 +1,10 @@
-"""The exact world: data whose best prediction is known in closed form, so that the whole sampler can be checked.
+"""The sampler on data whose optimal prediction is known in closed form.
 
-For Gaussian data N(m, Σ) the best prediction is affine in x_t, so every step of the sampler is affine too,
-x_s = A x_t + b + σ z. A, b and σ are read off `step` exactly, by driving it with zeros, unit vectors and a z of ones,
-all timesteps in one call; the mean and the covariance of the output follow without a single random number. They
-are compared with the same recursion in the formulas of tests/reference.py. Random numbers come in only to show that
-the loop a user would write does what the recursion says, and for a mixture of Gaussians.
+For Gaussian data N(m, Σ) the optimal prediction is affine in x_t, so every step of the sampler is affine too,
+x_s = A x_t + b + σ z. A, b and σ are obtained exactly by calling `step` with zeros, unit vectors and a z of ones, for
+all timesteps at once. The mean and covariance of the output then follow without random numbers. They are compared with
+the same recursion from the formulas of tests/reference.py. Random numbers are used only to compare an ordinary sampling
+loop with the recursion, and for a mixture of Gaussians.
 """
 
 from functools import lru_cache
@@ -34,7 +34,7 @@ def noise_levels(schedule, T=1000):
 
 @lru_cache
 def steps(schedule, spacing, n, eta=1.0):
-    """[(t, s, coefficient of x_0, coefficient of x_t, η²β̃, η²β)] of the reverse process, from the formulas."""
+    """[(t, s, coefficient of x_0, coefficient of x_t, η²β̃, η²β)] for every reverse step, from the formulas."""
     timesteps = reference.timesteps(spacing, 1000, n)
     table = []
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
@@ -59,13 +59,13 @@ def gain(covariance, a, b):
 
 
 def output_for(x_0, x, a, b, prediction_type):
-    """The prediction that means x̂_0: F9 solved for ε, and v by its definition."""
+    """The prediction that corresponds to x̂_0: F9 solved for ε, and v by its definition."""
     epsilon = (x - np.sqrt(a) * x_0) / np.sqrt(b)
     return {"sample": x_0, "epsilon": epsilon, "v_prediction": np.sqrt(a) * epsilon - np.sqrt(b) * x_0}[prediction_type]
 
 
 def best_output(x, a, b, prediction_type, mean=MEAN, covariance=COVARIANCE):
-    """The best prediction for N(m, Σ): x (N, D), ᾱ and 1−ᾱ of each row (N,) or of all."""
+    """The optimal prediction for N(m, Σ): x (N, D); ᾱ and 1−ᾱ per row (N,) or scalar."""
     a, b = np.broadcast_to(a, len(x)), np.broadcast_to(b, len(x))
     marginal = a[:, None, None] * covariance + b[:, None, None] * np.eye(len(mean))
     centred = x - np.sqrt(a)[:, None] * mean
@@ -92,7 +92,7 @@ def read_off(scheduler, schedule, model, D=3, eta=1.0, variance=None):
 
 
 def recursion(affine, mean, covariance):
-    """Means and covariances at every stop, from those at the start."""
+    """Means and covariances after every step, from those at the start."""
     means, covariances = [mean], [covariance]
     for A, b, sigma in zip(*affine, strict=True):
         means.append(A @ means[-1] + b)
@@ -129,8 +129,8 @@ def test_the_output_distribution_is_the_recursion_of_the_formulas(schedule, pred
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", reference.SCHEDULES)
-def test_with_all_the_steps_it_is_the_data(schedule, prediction_type):
-    # What remains is what T steps leave, most in the curves whose first step is long.
+def test_with_all_steps_the_output_has_the_distribution_of_the_data(schedule, prediction_type):
+    # The discretisation error of T steps; largest for the curves with a long first step.
     tolerance = {"laplace": 0.35, "exp": 0.30}.get(schedule, 0.035)
     scheduler = make(schedule, "leading", 1000, prediction_type)
     means, covariances = recursion(read_off(scheduler, schedule, best_output), np.zeros(3), np.eye(3))
@@ -141,8 +141,8 @@ def test_with_all_the_steps_it_is_the_data(schedule, prediction_type):
 
 @pytest.mark.parametrize("n", [1000, 100, 20])
 @pytest.mark.parametrize("schedule", reference.SCHEDULES)
-def test_small_and_large_variance_bracket_the_truth(schedule, n):
-    """Ho et al. 2020, section 3.2: β̃ is too little for any data, β too much for data of variance below 1."""
+def test_small_and_large_variance_bracket_the_true_covariance(schedule, n):
+    """Ho et al. 2020, section 3.2: β̃ is a lower bound of σ², β an upper bound for data of variance below 1."""
     timesteps = reference.timesteps("trailing", 1000, n)
     a, b = noise_levels(schedule)
     start = a[timesteps[0]] * COVARIANCE + b[timesteps[0]] * np.eye(3)
@@ -176,8 +176,8 @@ def test_every_eta_and_fixed_variance(schedule, spacing, eta, kind):
             np.testing.assert_allclose(mine, theirs, rtol=1e-7, atol=1e-9)
 
 
-def test_deterministic_sampling_reaches_the_data_too():
-    """η = 0 solves the probability-flow ODE: 1000 steps of it carry N(0, I) to the data."""
+def test_deterministic_sampling_reaches_the_data_distribution():
+    """η = 0 solves the probability-flow ODE, which transports N(0, I) to the data distribution."""
     affine = read_off(make("linear", "trailing", 1000), "linear", best_output, eta=0.0)
     assert (affine[2] == 0).all()
     means, covariances = recursion(affine, np.zeros(3), np.eye(3))
@@ -187,7 +187,7 @@ def test_deterministic_sampling_reaches_the_data_too():
 
 # ---- variances that make every step exact ----
 
-V = 0.2  # data N(m, V·I): one variance per pixel is then all there is to know
+V = 0.2  # data N(m, V·I), where one variance per timestep is exact
 
 
 def isotropic_output(x, a, b, prediction_type):
@@ -208,7 +208,7 @@ def assert_every_marginal_is_exact(affine, schedule, spacing, n):
     for i, t in enumerate(timesteps):
         np.testing.assert_allclose(means[i], np.sqrt(a[t]) * MEAN, rtol=1e-7)
         np.testing.assert_allclose(covariances[i], (a[t] * V + b[t]) * np.eye(3), rtol=1e-7, atol=1e-9)
-    # The last step adds no noise: what it leaves out is Var(x_0 | x_t) and no more.
+    # The last step adds no noise, so the output variance is smaller by exactly Var(x_0 | x_t).
     np.testing.assert_allclose(means[-1], MEAN, rtol=1e-7)
     left = V - of_original_sample(schedule)[last]
     np.testing.assert_allclose(covariances[-1], left * np.eye(3), rtol=1e-6, atol=1e-9)
@@ -233,7 +233,7 @@ def test_the_analytic_variance_makes_every_step_exact(schedule, spacing, n, eta)
 @pytest.mark.parametrize("kind", ["learned", "learned_range"])
 @pytest.mark.parametrize("n", [1000, 20])
 @pytest.mark.parametrize("schedule", reference.SCHEDULES)
-def test_a_learned_variance_that_is_the_best_one_makes_every_step_exact(schedule, n, kind):
+def test_an_optimal_learned_variance_makes_every_step_exact(schedule, n, kind):
     best = []
     for t, _, of_original, _, small, large in steps(schedule, "trailing", n):
         variance = small + of_original**2 * of_original_sample(schedule)[t]
@@ -248,7 +248,7 @@ def test_a_learned_variance_that_is_the_best_one_makes_every_step_exact(schedule
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_zero_terminal_snr_samples_the_exact_prior(prediction_type, spacing):
-    """With ᾱ_T = 0 the start N(0, I) is q(x_T) itself, so the mean of the output is that of the data, exactly."""
+    """With ᾱ_T = 0 the start N(0, I) is exactly q(x_T), so the mean of the output is exactly the mean of the data."""
     zero = reference.alphas_cumprod(reference.zero_terminal_snr(reference.betas("linear")))
     a, b = reference.floats(zero), reference.floats(1 - p for p in zero)
     a[-1] = 0.0
@@ -261,7 +261,7 @@ def test_zero_terminal_snr_samples_the_exact_prior(prediction_type, spacing):
     np.testing.assert_allclose(mean[-1][0], MEAN, rtol=1e-9)
 
 
-# ---- the loop that a user writes, with random numbers ----
+# ---- the sampling loop with random numbers ----
 
 
 def run_loop(scheduler, model, levels, shape, seed=0, eta=1.0):
@@ -291,11 +291,11 @@ def test_samples_have_the_mean_and_covariance_of_the_recursion(schedule, predict
     mean, covariance = means[-1], covariances[-1]
     variances = np.diag(covariance)
     assert (np.abs(samples.mean(0) - mean) < 4 * np.sqrt(variances / N)).all()
-    error = np.sqrt((np.outer(variances, variances) + covariance**2) / N)  # of a sample covariance of Gaussians
+    error = np.sqrt((np.outer(variances, variances) + covariance**2) / N)  # standard error of the covariance
     assert (np.abs(np.cov(samples.T) - covariance) < 4 * error).all()
 
 
-# ---- a mixture of Gaussians: nothing is affine any more ----
+# ---- a mixture of Gaussians, whose optimal prediction is not affine ----
 
 WEIGHTS, CENTRES, SPREADS = np.array([0.3, 0.5, 0.2]), np.array([-0.7, 0.2, 0.8]), np.array([0.10, 0.15, 0.08])
 
@@ -321,8 +321,8 @@ def mixture_density(x, a, b):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2", "sigmoid"])
-def test_a_mixture_carried_through_every_step_on_a_grid(schedule, prediction_type):
-    """The density itself is carried from T to 0 by the scheduler's means and variances, and arrives at the data."""
+def test_the_density_of_a_mixture_propagated_on_a_grid(schedule, prediction_type):
+    """The density, propagated from T to 0 with the scheduler's means and variances, is the data density."""
     T, grid = 100, np.linspace(-4.5, 4.5, 1201)
     betas = {"beta_start": 1e-3, "beta_end": 0.2}
     exact = reference.alphas_cumprod(reference.betas(schedule, T, *betas.values()))
@@ -349,11 +349,11 @@ def test_a_mixture_carried_through_every_step_on_a_grid(schedule, prediction_typ
     assert density.sum() * width == pytest.approx(1, abs=1e-3)
     assert (
         np.abs(density - mixture_density(grid, a[0], b[0])).sum() * width / 2 < 0.06
-    )  # total variation: 0.02 to 0.05 is what 100 steps leave
+    )  # total variation; the discretisation error of 100 steps is 0.02 to 0.05
 
 
-def test_samples_of_a_mixture_are_the_data():
-    """Kolmogorov-Smirnov against the data's distribution function, after all the steps of a cosine schedule."""
+def test_samples_of_a_mixture_have_the_distribution_of_the_data():
+    """Kolmogorov-Smirnov test against the data distribution, with all steps of a cosine schedule."""
     from scipy.stats import norm
 
     N = 20_000
@@ -361,4 +361,4 @@ def test_samples_of_a_mixture_are_the_data():
     x = np.sort(run_loop(scheduler, mixture_output, noise_levels("squaredcos_cap_v2"), (N, 1))[:, 0])
     exact = norm.cdf((x[:, None] - CENTRES) / SPREADS) @ WEIGHTS
     statistic = np.abs(exact - (np.arange(N) + 0.5) / N).max()
-    assert statistic < 1.95 / np.sqrt(N) + 0.003  # chance of 1 in 1000, and what 1000 steps leave
+    assert statistic < 1.95 / np.sqrt(N) + 0.003  # significance 0.001, plus the discretisation error of 1000 steps

@@ -1,3 +1,5 @@
+"""The pipeline: Algorithm 2, class labels and guidance, saving and loading."""
+
 import json
 import os
 import subprocess
@@ -24,7 +26,7 @@ def draw(pipeline, seed=0, **options):
 
 
 def test_is_algorithm_2_written_out():
-    # S1 as the paper has it: ε into the mean of R6, σ² = β̃; no clipping, as in the formula.
+    # S1 as in the paper: the mean of R6 with σ² = β̃, without clipping.
     pipeline = make_pipeline(clip_sample=False)
     betas = np.linspace(1e-4, 0.02, 20)
     bars = np.cumprod(1 - betas)
@@ -38,11 +40,11 @@ def test_is_algorithm_2_written_out():
             sigma = np.sqrt((1 - bars[t - 1]) / (1 - bars[t]) * betas[t]) if t > 0 else 0.0
             x = mean + sigma * z
     expected = (x / 2 + 0.5).clamp(0, 1)
-    assert expected.std() > 0.05, "a picture that is all black or white would compare nothing"
+    assert expected.std() > 0.05, "the image is constant, so the comparison is not valid"
     torch.testing.assert_close(draw(pipeline, 3, batch_size=2), expected, atol=2e-5, rtol=0)
 
 
-def test_a_seed_gives_the_same_picture_again_and_in_any_batch(pipeline):
+def test_a_seed_gives_the_same_image_again_and_in_any_batch(pipeline):
     def picture(seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline(batch_size=len(seeds), generator=generators, output_type="pt").images
@@ -53,7 +55,7 @@ def test_a_seed_gives_the_same_picture_again_and_in_any_batch(pipeline):
     assert (three[0] - three[1]).abs().max() > 0.01
 
 
-def test_latents_are_where_it_starts(pipeline):
+def test_latents_are_the_start(pipeline):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 1, 8, 8, generator=generator)
     given = pipeline(latents=latents, generator=generator, output_type="pt").images
@@ -62,7 +64,7 @@ def test_latents_are_where_it_starts(pipeline):
 
 
 def test_eta_0_is_ddim():
-    # Without clipping: where x̂_0 is clipped, diffusers' DDIM keeps the ε that no longer belongs to it.
+    # Without clipping, since diffusers' DDIM does not update ε for the clipped x̂_0.
     pipeline = make_pipeline(clip_sample=False)
     latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = draw(pipeline, latents=latents, eta=0.0, num_inference_steps=5)
@@ -72,7 +74,7 @@ def test_eta_0_is_ddim():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_other_schedulers_of_diffusers_drive_it(pipeline):
+def test_other_schedulers_of_diffusers_work(pipeline):
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     assert torch.isfinite(draw(pipeline, num_inference_steps=5)).all()
     with pytest.raises(ValueError, match=r"eta is 0.5, but EulerDiscreteScheduler has no eta"):
@@ -122,7 +124,7 @@ def test_half_precision_keeps_x_t_in_float32(pipeline):
 
 
 def test_guidance_extrapolates_from_no_class_to_the_class():
-    # One step from T−1 straight to x_0 is affine in ε (without clipping), so guidance can be seen in the result.
+    # Without clipping, a single step from T−1 to x_0 is affine in ε, so the effect of guidance is exact.
     pipeline = make_pipeline(classes=3, clip_sample=False, beta_schedule="exp", timestep_spacing="trailing")
     latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -141,7 +143,7 @@ def test_guidance_extrapolates_from_no_class_to_the_class():
     torch.testing.assert_close(guided, without + 3.0 * (with_class - without), atol=1e-3, rtol=1e-4)
 
 
-def test_class_labels_by_number_by_name_and_by_picture(class_pipeline):
+def test_class_labels_by_number_by_name_and_per_image(class_pipeline):
     by_number = draw(class_pipeline, batch_size=2, class_labels=2)
     assert torch.equal(by_number, draw(class_pipeline, batch_size=2, class_labels="class 2"))
     assert torch.equal(by_number, draw(class_pipeline, class_labels=torch.tensor([2, 2])))
@@ -154,21 +156,21 @@ def test_class_labels_by_number_by_name_and_by_picture(class_pipeline):
         ({"class_labels": 5}, r"class label 5 is unknown; use an integer in \[0, 4\) or one of class 0"),
         ({"class_labels": "class 9"}, "class label 'class 9' is unknown"),
         ({"class_labels": [0, 1], "batch_size": 3}, "there are 2 class_labels for batch_size 3"),
-        ({"guidance_scale": 2.0}, "no class_labels to guide to"),
+        ({"guidance_scale": 2.0}, "but guidance needs class_labels"),
         ({"eta": 1.5}, "eta is 1.5; it must be between 0"),
         ({"output_type": "jpeg"}, "output_type is 'jpeg'"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents have shape \(1, 3, 8, 8\); this call needs \(1, 1,"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "only 'latents' is there"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "only 'latents' is available"),
         ({"num_inference_steps": 21}, "it must be between 1 and num_train_timesteps, 20"),
         ({"batch_size": 2, "generator": [torch.Generator()] * 3}, "generator has 3 entries for batch_size 2"),
     ],
 )
-def test_refuses_at_the_door(class_pipeline, options, message):
+def test_invalid_arguments_raise(class_pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         class_pipeline(**options)
 
 
-def test_refuses_what_the_model_cannot_do(pipeline):
+def test_arguments_that_the_model_does_not_support_raise(pipeline):
     with pytest.raises(ValueError, match="this model is unconditional; leave them out"):
         pipeline(class_labels=1)
     with pytest.raises(ValueError, match=r"this model is unconditional; leave it at 1\.0"):
@@ -183,7 +185,7 @@ def test_refuses_what_the_model_cannot_do(pipeline):
 # ---- saving and loading ----
 
 
-def test_the_folder_loads_with_the_package_and_runs_none_of_its_code(class_pipeline, tmp_path):
+def test_the_folder_loads_with_the_package_and_none_of_its_code_is_executed(class_pipeline, tmp_path):
     class_pipeline.save_pretrained(tmp_path)
     expected = draw(class_pipeline, class_labels=1, guidance_scale=2.0)
     for file in tmp_path.rglob("*.py"):
@@ -200,7 +202,7 @@ WITHOUT_PACKAGE = """
     sys.path = [p for p in sys.path if p not in {hidden!r}]
     try:
         import custom_ddpm
-        sys.exit("the package is there: this test would show nothing")
+        sys.exit("the package is importable, so the test is not valid")
     except ImportError:
         pass
     from diffusers import DiffusionPipeline
@@ -212,12 +214,12 @@ WITHOUT_PACKAGE = """
 """
 
 
-def test_the_folder_loads_without_the_package_and_gives_the_very_picture(class_pipeline, tmp_path):
+def test_the_folder_loads_without_the_package_and_gives_the_same_image(class_pipeline, tmp_path):
     folder = tmp_path / "model"
     class_pipeline.save_pretrained(folder)
     package = Path(custom_ddpm.__file__).parents[1]
     code = textwrap.dedent(WITHOUT_PACKAGE.format(folder=str(folder), hidden=["", str(package), str(Path.cwd())]))
-    # -P and a foreign folder: the clone that the tests run in must not be found either.
+    # -P and another working directory, so that the source tree of the tests is not importable.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
@@ -225,14 +227,14 @@ def test_the_folder_loads_without_the_package_and_gives_the_very_picture(class_p
     )
     assert process.returncode == 0, process.stderr
     assert torch.equal(torch.load(folder / "images.pt"), draw(class_pipeline, class_labels=1, guidance_scale=2.0))
-    # What it saves again is the same repository.
+    # Saving it again gives an identical repository.
     files = sorted(p.relative_to(folder / "again") for p in (folder / "again").rglob("*") if p.is_file())
     assert len(files) == 8
     for file in files:
         assert (folder / "again" / file).read_bytes() == (folder / file).read_bytes(), file
 
 
-def test_without_trust_no_code_of_the_folder_is_run(pipeline, tmp_path):
+def test_without_trust_remote_code_no_code_of_the_folder_is_executed(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     marker = tmp_path / "was run"
     (tmp_path / "pipeline_custom_ddpm.py").write_text(f"open({str(marker)!r}, 'w')")
@@ -243,7 +245,7 @@ def test_without_trust_no_code_of_the_folder_is_run(pipeline, tmp_path):
     assert not marker.exists()
 
 
-def test_the_folder_holds_no_pickle_and_no_path_of_this_machine(pipeline, tmp_path):
+def test_the_folder_contains_no_pickle_and_no_local_path(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "a")
     loaded = CustomDDPMPipeline.from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
@@ -255,7 +257,7 @@ def test_the_folder_holds_no_pickle_and_no_path_of_this_machine(pipeline, tmp_pa
 
 
 @pytest.mark.parametrize("at_the_root", [False, True])
-def test_a_stock_repository_becomes_ours(tmp_path, at_the_root):
+def test_a_repository_of_diffusers_is_converted(tmp_path, at_the_root):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -269,7 +271,7 @@ def test_a_stock_repository_becomes_ours(tmp_path, at_the_root):
     stock = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20))
     stock.set_progress_bar_config(disable=True)
     stock.save_pretrained(tmp_path)
-    if at_the_root:  # as google/ddpm-cifar10-32 and its kind have it
+    if at_the_root:  # the layout of google/ddpm-cifar10-32
         for file in [*tmp_path.glob("unet/*"), *tmp_path.glob("scheduler/*")]:
             file.rename(tmp_path / file.name)
         (tmp_path / "unet").rmdir()
@@ -294,7 +296,7 @@ def test_parts_can_be_replaced_when_loading(pipeline, tmp_path):
     assert loaded.scheduler is scheduler and loaded.unet.dtype == torch.bfloat16
 
 
-def test_loading_refuses_strangers(pipeline, tmp_path):
+def test_loading_unknown_components_raises(pipeline, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code runs code of the repository"):
         CustomDDPMPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     pipeline.save_pretrained(tmp_path)

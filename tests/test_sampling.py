@@ -1,4 +1,4 @@
-"""custom_ddpm/sampling.py: a picture is its seed's, and a grid holds the pictures."""
+"""Batched and distributed sampling with one seed per image, and image grids."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def one_process():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_picture_is_a_function_of_its_seed(pipeline):
+def test_an_image_depends_on_its_seed_only(pipeline):
     seeds = [3, 1, 4, 1, 5]
     whole = sample_images(pipeline, seeds, batch_size=5)
     assert whole.dtype == torch.uint8 and whole.shape == (5, 1, 8, 8) and whole.device.type == "cpu"
@@ -26,13 +26,13 @@ def test_a_picture_is_a_function_of_its_seed(pipeline):
     assert torch.equal(sample_images(pipeline, seeds[::-1], batch_size=2), whole.flip(0))
 
 
-def test_pictures_are_those_of_the_pipeline(pipeline):
+def test_images_equal_those_of_the_pipeline(pipeline):
     for seed, image in zip([0, 7], sample_images(pipeline, [0, 7], num_inference_steps=5), strict=True):
         expected = pipeline(generator=torch.Generator().manual_seed(seed), num_inference_steps=5).images[0]
         np.testing.assert_array_equal(image[0], np.asarray(expected))
 
 
-def test_labels_go_with_their_seeds(class_pipeline):
+def test_labels_belong_to_their_seeds(class_pipeline):
     whole = sample_images(class_pipeline, [0, 0, 1], [0, 2, 2], guidance_scale=2.0)
     for i, (seed, label) in enumerate([(0, 0), (0, 2), (1, 2)]):
         assert torch.equal(sample_images(class_pipeline, [seed], [label], guidance_scale=2.0)[0], whole[i])
@@ -46,14 +46,14 @@ def sample_and_save(folder):
 
 @needs_forkserver
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_share_the_work_and_all_have_the_whole(tmp_path, processes):
+def test_several_processes_share_the_work_and_all_return_every_image(tmp_path, processes):
     expected = sample_images(make_pipeline(3), [5, 6, 7, 8, 9], batch_size=2)
     on_processes(processes, sample_and_save, tmp_path)
     for rank in range(processes):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
-# Grids
+# ---- grids ----
 
 
 def test_every_pixel_of_a_grid():
@@ -61,7 +61,7 @@ def test_every_pixel_of_a_grid():
     grid = image_grid(images, columns=2, min_size=4)
     assert grid.mode == "L"
     __ = 255
-    # Twice as large, with a gap of two pixels around each.
+    # Images enlarged by 2, with a gap of two pixels around each.
     expected = [
         [__] * 14,
         [__] * 14,
@@ -92,6 +92,6 @@ def test_modes_and_channels_of_a_grid(channels, mode):
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3), (10, 4), (16, 4)])
-def test_a_grid_is_square_if_not_told(count, columns):
+def test_a_grid_is_square_by_default(count, columns):
     grid = image_grid(torch.zeros(count, 1, 64, 64, dtype=torch.uint8))
     assert grid.size == (columns * 68 + 4, -(-count // columns) * 68 + 4)

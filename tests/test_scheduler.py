@@ -1,4 +1,4 @@
-"""The scheduler against the formulas (tests/reference.py), against brute force, and against its own promises."""
+"""The scheduler compared with the formulas (tests/reference.py), with brute force, and with its documentation."""
 
 import inspect
 import math
@@ -28,11 +28,11 @@ def abar(schedule="linear", T=1000):
 
 
 def column(T):
-    """1 for every timestep, and the timesteps: coefficients are read off with ones and zeros."""
+    """Ones (T, 1) and all timesteps: inputs of ones and zeros give the coefficients."""
     return torch.ones(T, 1, dtype=torch.float64), torch.arange(T)
 
 
-# ---- tables and coefficients, against forty digits ----
+# ---- tables and coefficients, compared with 40-digit arithmetic ----
 
 
 @pytest.mark.parametrize("schedule", reference.SCHEDULES)
@@ -96,7 +96,7 @@ def test_posterior_to_any_earlier_timestep_and_any_eta(schedule, eta):
         np.testing.assert_allclose(ours.flatten().numpy(), reference.floats(e[i] for e in exact), rtol=1e-9, atol=1e-25)
 
 
-def test_the_two_ways_to_write_the_posterior_are_one_at_eta_1():
+def test_posterior_and_ddim_agree_at_eta_1():
     products = abar()
     for t, s in [(1, 0), (40, 3), (999, 998)]:
         for a, b in zip(reference.posterior(products, t, s), reference.ddim(products, t, s, 1), strict=True):
@@ -127,7 +127,7 @@ def test_posterior_is_bayes_theorem_on_a_grid(t, s):
     forward = -((x_t - np.sqrt(ratio) * grid) ** 2) / (2 * (1 - ratio))  # log q(x_t | x_s)
     prior = -((grid - np.sqrt(alpha_bar_s) * x_0) ** 2) / (2 * (1 - alpha_bar_s))  # log q(x_s | x_0)
     density = np.exp(forward + prior - (forward + prior).max())
-    density /= density.sum()  # q(x_t | x_0) is what normalises
+    density /= density.sum()  # the normalisation is q(x_t | x_0)
     mean = (density * grid).sum()
     variance = (density * (grid - mean) ** 2).sum()
 
@@ -157,7 +157,7 @@ def test_closed_form_is_the_chain_with_a_million_samples():
 
 @pytest.mark.parametrize("schedule", reference.SCHEDULES)
 def test_the_chain_composes_to_the_closed_form_exactly(schedule):
-    """F6, F8: what each step keeps multiplies, what each step adds sums up in variance."""
+    """F6, F8: signal coefficients multiply, noise variances add."""
     scheduler = make(schedule)
     ones, t = column(1000)
     keep = scheduler.forward_step(ones, t, 0 * ones).flatten().numpy()
@@ -222,7 +222,7 @@ def test_a_prediction_comes_back_in_the_dtype_of_the_sample():
             assert getattr(scheduler, name)(output, 500, sample, prediction_type).dtype == torch.float32
 
 
-def test_an_unknown_prediction_type_is_refused_in_every_conversion():
+def test_an_unknown_prediction_type_raises_in_every_conversion():
     for name in ("predict_original_sample", "predict_epsilon", "predict_velocity", "predict_score"):
         with pytest.raises(ValueError, match=r"prediction_type is 'flow'; it must be one of epsilon, sample"):
             getattr(make(), name)(torch.ones(1, 1), 5, torch.ones(1, 1), "flow")
@@ -298,7 +298,7 @@ def test_learned_variances(kind, value, eta):
     assert prev_sample[-1] == 0.0
 
 
-def test_a_learned_variance_below_zero_is_none():
+def test_a_negative_learned_variance_is_clamped():
     scheduler = make(variance_type="learned")
     output = torch.tensor([[0.0, -3.0]])
     _, log_variance, _ = scheduler.predict_mean_log_variance(output, 5, torch.zeros(1, 1))
@@ -326,7 +326,7 @@ def test_analytic_variance(eta):
 
 
 @pytest.mark.parametrize("kwargs, eta", [({"variance_type": "zero"}, 1.0), ({}, 0.0)])
-def test_no_variance_no_noise(kwargs, eta):
+def test_zero_variance_adds_no_noise(kwargs, eta):
     scheduler = make(**kwargs)
     sample = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     mean, log_variance, _ = scheduler.predict_mean_log_variance(sample, 400, sample, eta=eta)
@@ -337,7 +337,7 @@ def test_no_variance_no_noise(kwargs, eta):
 
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_last_step_arrives_at_the_prediction(spacing, prediction_type):
+def test_the_last_step_returns_the_prediction(spacing, prediction_type):
     scheduler = make(timestep_spacing=spacing, prediction_type=prediction_type, steps_offset=1)
     scheduler.set_timesteps(20)
     sample = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -358,7 +358,7 @@ def test_a_step_is_the_same_however_the_timestep_is_given():
         for timestep in (int(t[i]), t[i], t[i : i + 1], t[i].to(torch.int32)):
             alone = scheduler.step(output[i : i + 1], timestep, sample[i : i + 1], variance_noise=z[i : i + 1])
             assert torch.equal(alone.prev_sample[0], together[i])
-    mean = scheduler.posterior_mean_variance(output, sample, t, -1)[0]  # one s for many t, and the other way
+    mean = scheduler.posterior_mean_variance(output, sample, t, -1)[0]  # one s for many t, and vice versa
     assert torch.equal(mean[1:2], scheduler.posterior_mean_variance(output[1:2], sample[1:2], t[1], -1)[0])
     for kind in ("fixed_small", "analytic"):
         other = make(variance_type=kind, original_sample_variances=[0.5] * 1000)
@@ -370,7 +370,7 @@ def test_a_step_is_the_same_however_the_timestep_is_given():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_seed_gives_the_same_picture_whatever_the_batch(dtype):
+def test_a_seed_gives_the_same_image_in_any_batch(dtype):
     scheduler = make("squaredcos_cap_v2")
     scheduler.set_timesteps(10)
 
@@ -434,7 +434,7 @@ def test_dynamic_thresholding_by_its_definition(dtype):
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "zero"])
-def test_zero_terminal_snr_begins_from_nothing(spacing, prediction_type, variance_type):
+def test_zero_terminal_snr_starts_from_pure_noise(spacing, prediction_type, variance_type):
     scheduler = make(
         rescale_betas_zero_snr=True,
         prediction_type=prediction_type,
@@ -457,12 +457,12 @@ def test_zero_terminal_snr_begins_from_nothing(spacing, prediction_type, varianc
     np.testing.assert_allclose(first.prev_sample.numpy(), float(of_original) * x_0.numpy(), rtol=1e-9)
 
 
-def test_zero_terminal_snr_leaves_epsilon_no_way_back():
+def test_zero_terminal_snr_raises_for_epsilon_prediction():
     with pytest.raises(ValueError, match=r"'epsilon' cannot recover x_0 where ᾱ = 0.*use 'v_prediction' or 'sample'"):
         make(rescale_betas_zero_snr=True)
 
 
-# ---- which timesteps ----
+# ---- timesteps ----
 
 
 @settings(deadline=None)
@@ -477,7 +477,7 @@ def test_spacings(spacing, T, data):
     scheduler.set_timesteps(n)
     timesteps = scheduler.timesteps.tolist()
     exact = reference.floats(reference.positions(spacing, T, n))
-    assert np.abs(np.array(timesteps) - exact).max() < 0.5 + 1e-9  # a half may go either way
+    assert np.abs(np.array(timesteps) - exact).max() < 0.5 + 1e-9  # a tie may round either way
     assert len(timesteps) == n == scheduler.num_inference_steps
     assert all(a > b for a, b in pairwise(timesteps))
     assert timesteps[0] < T and timesteps[-1] >= 0
@@ -486,13 +486,13 @@ def test_spacings(spacing, T, data):
 
 
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
-def test_spacings_of_a_chain_so_long_that_rounding_hides_nothing(spacing):
+def test_spacings_of_a_long_chain(spacing):
     scheduler = make("squaredcos_cap_v2", 30_000, timestep_spacing=spacing)
     scheduler.set_timesteps(7)
     assert scheduler.timesteps.tolist() == reference.timesteps(spacing, 30_000, 7)
 
 
-def test_without_set_timesteps_every_timestep_is_visited():
+def test_the_default_is_every_timestep():
     scheduler = make(T=10)
     assert scheduler.timesteps.tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     assert scheduler.previous_timestep(torch.arange(10)).tolist() == list(range(-1, 9))
@@ -501,7 +501,7 @@ def test_without_set_timesteps_every_timestep_is_visited():
     assert scheduler.scale_model_input("anything", 3) == "anything"
 
 
-def test_custom_timesteps_and_those_between_them():
+def test_custom_timesteps_and_the_timesteps_between_them():
     scheduler = make()
     scheduler.set_timesteps(timesteps=[800, 30, 3])
     assert scheduler.timesteps.tolist() == [800, 30, 3] and scheduler.custom_timesteps
@@ -531,19 +531,19 @@ def test_steps_offset_moves_leading_only():
         ({"timesteps": [5, -1]}, r"must lie in \[0, 1000\).* they run from 5 to -1"),
     ],
 )
-def test_set_timesteps_refuses(kwargs, message):
+def test_set_timesteps_raises(kwargs, message):
     scheduler = make()
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(**kwargs)
     assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
 
 
-def test_an_offset_beyond_the_training_is_refused():
+def test_an_offset_beyond_the_last_timestep_raises():
     with pytest.raises(ValueError, match=r"they run from 1000 to 1 \(steps_offset is 1\)"):
         make(steps_offset=1).set_timesteps(1000)
 
 
-# ---- errors at the door ----
+# ---- invalid arguments ----
 
 
 @pytest.mark.parametrize(
@@ -572,12 +572,12 @@ def test_an_offset_beyond_the_training_is_refused():
         ),
     ],
 )
-def test_the_constructor_refuses(kwargs, error, message):
+def test_the_constructor_raises(kwargs, error, message):
     with pytest.raises(error, match=message):
         CustomDDPMScheduler(**kwargs)
 
 
-def test_a_model_output_that_does_not_fit_is_refused():
+def test_a_model_output_of_the_wrong_shape_raises():
     sample = torch.zeros(2, 1, 4, 4)
     with pytest.raises(
         ValueError, match=r"'learned_range' and a sample of shape \(2, 1, 4, 4\) it must have \(2, 2, 4"
@@ -633,7 +633,7 @@ def test_a_step_in_any_dtype_is_the_float64_step_rounded(
     assert ours.prev_sample.shape == x_0.shape and ours.prev_sample.isfinite().all()
     eps = max(float(torch.finfo(dtype).eps), 1e-12)
     x0_error = (ours.pred_original_sample.double() - exact.pred_original_sample).abs()
-    # x̂_0 is a difference of two numbers that may each be far larger: its error is measured by their size.
+    # x̂_0 is a difference of two numbers that may be much larger, so its error is relative to their size.
     alpha_bar = scheduler.add_noise(torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64), t)
     size = (sample.double().abs() + 5.0) / alpha_bar.view(-1, *[1] * (len(shape) - 1))
     assert (x0_error <= eps * exact.pred_original_sample.abs() + 4 * EPS32 * size + 1e-6).all()
@@ -651,13 +651,13 @@ def test_integer_timesteps_of_any_kind_and_samples_of_any_rank():
         assert torch.equal(scheduler.add_noise(x, x, 10)[1], scheduler.add_noise(x, x, t)[1])
 
 
-# ---- no waiting for the device, and whole-graph compilation ----
+# ---- no device synchronisation, and full-graph compilation ----
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large_log", "learned_range", "analytic", "zero"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_nothing_depends_on_a_tensors_value(variance_type, eta):
-    """Tensors of the meta device have no values: any branch on one, and any wait for one, is an error."""
+def test_nothing_depends_on_tensor_values(variance_type, eta):
+    """Tensors on the meta device have no values, so branching on one, or synchronising, raises an error."""
     scheduler = make(variance_type=variance_type, original_sample_variances=[0.5] * 1000)
     scheduler.set_timesteps(20, device="meta")
     x, t = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
@@ -676,7 +676,7 @@ def test_nothing_depends_on_a_tensors_value(variance_type, eta):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-def test_step_and_add_noise_compile_whole(backend, variance_type):
+def test_step_and_add_noise_compile_as_one_graph(backend, variance_type):
     torch.compiler.reset()
     scheduler = make(variance_type=variance_type, clip_sample=True)
     scheduler.set_timesteps(20)
@@ -693,7 +693,7 @@ def test_step_and_add_noise_compile_whole(backend, variance_type):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
-# ---- the same words as diffusers ----
+# ---- the interface of diffusers ----
 
 
 def test_the_constructor_has_diffusers_arguments_and_defaults():
@@ -706,7 +706,7 @@ def test_the_constructor_has_diffusers_arguments_and_defaults():
 @pytest.mark.parametrize(
     "method", ["set_timesteps", "step", "add_noise", "get_velocity", "previous_timestep", "scale_model_input"]
 )
-def test_methods_take_what_diffusers_take(method):
+def test_methods_have_diffusers_arguments(method):
     ours = inspect.signature(getattr(CustomDDPMScheduler, method)).parameters
     theirs = inspect.signature(getattr(DDPMScheduler, method)).parameters
     assert [name for name in ours if name in theirs] == list(theirs)
@@ -744,7 +744,7 @@ def test_every_argument_is_documented_in_order():
         {"variance_type": "analytic", "original_sample_variances": [0.25] * 1000},
     ],
 )
-def test_saved_and_loaded_it_is_the_same(kwargs, tmp_path):
+def test_saving_and_loading_changes_nothing(kwargs, tmp_path):
     scheduler = CustomDDPMScheduler(**kwargs)
     scheduler.save_pretrained(tmp_path)
     again = CustomDDPMScheduler.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Against diffusers' schedulers: the same numbers where theirs are right, a test that says so where they are not."""
+"""Comparison with diffusers' schedulers: equal values where theirs are correct, and tests of their known errors."""
 
 import diffusers
 import numpy as np
@@ -20,7 +20,7 @@ LIMITS = {
 
 
 def pair(schedule, theirs=DDPMScheduler, exact_tables=True, **kwargs):
-    """Ours and theirs from the same arguments; theirs with ᾱ in float64, unless its own tables are meant."""
+    """Our scheduler and theirs with the same arguments; theirs gets ᾱ in float64 if `exact_tables`."""
     ours = CustomDDPMScheduler(beta_schedule=schedule, **kwargs)
     if "variance_type" in kwargs and theirs is DDIMScheduler:
         kwargs.pop("variance_type")
@@ -34,7 +34,7 @@ def tensors(n, dtype, seed=0, shape=(2, 3, 4, 4)):
     return torch.randn(n, *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- where both are right ----
+# ---- where both are correct ----
 
 
 @pytest.mark.parametrize("schedule", THEIR_SCHEDULES)
@@ -83,7 +83,7 @@ def test_add_noise_and_get_velocity(schedule):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_step_is_the_same_given_exact_tables(spacing, prediction_type, variance_type, limit):
-    """Same arguments, same seed; any difference of the formulas would show at 1e-9."""
+    """Same arguments and seed; a difference in the formulas would exceed 1e-9."""
     for schedule in THEIR_SCHEDULES:
         ours, theirs = pair(
             schedule,
@@ -101,7 +101,7 @@ def test_step_is_the_same_given_exact_tables(spacing, prediction_type, variance_
             output = torch.cat([output, predicted.clamp(-1, 1)], dim=1)
         timesteps = [int(t) for t in ours.timesteps]
         if timesteps[-1] > 0:
-            timesteps.pop()  # theirs adds noise there: see below
+            timesteps.pop()  # theirs adds noise in the last step; see test_their_last_trailing_step_adds_noise
         for t in timesteps:
             results = [
                 scheduler.step(output, t, sample, generator=torch.Generator().manual_seed(t))
@@ -116,7 +116,7 @@ def test_step_is_the_same_given_exact_tables(spacing, prediction_type, variance_
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "sigmoid"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_step_is_the_same_within_the_error_of_their_tables(schedule, prediction_type):
-    """As installed, in float32: 1−ᾱ_t and β̃_t of theirs lose up to 1e-4 to cancellation."""
+    """With their own float32 tables, whose 1−ᾱ_t and β̃_t have relative errors up to 1e-4 from cancellation."""
     ours, theirs = pair(schedule, exact_tables=False, prediction_type=prediction_type, clip_sample=True)
     output, sample = tensors(2, torch.float32)
     for t in (999, 998, 700, 400, 100, 30, 10, 2, 1, 0):
@@ -141,7 +141,7 @@ def test_eta_is_that_of_ddim(spacing, prediction_type, limit, eta):
         assert torch.equal(ours.timesteps, theirs.timesteps)
         output, sample, z = tensors(3, torch.float64)
         for t in ours.timesteps[:-1].tolist():
-            # Clipped x̂_0 and ε̂ belong together in ours, as R4 wants; theirs does so on request.
+            # Ours uses the ε̂ that corresponds to the clipped x̂_0, as in R4; theirs needs an option for it.
             expected = theirs.step(output, t, sample, eta=eta, variance_noise=z, use_clipped_model_output=True)
             result = ours.step(output, t, sample, eta=eta, variance_noise=z)
             torch.testing.assert_close(result.prev_sample, expected.prev_sample, rtol=1e-9, atol=1e-9)
@@ -166,7 +166,7 @@ def test_zero_terminal_snr(prediction_type):
         torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-# ---- where theirs is wrong ----
+# ---- known errors of theirs ----
 
 
 def test_their_fixed_large_log_is_nan():
@@ -180,7 +180,7 @@ def test_their_fixed_large_log_is_nan():
     )
 
 
-def test_their_tables_lose_digits_that_ours_keep():
+def test_their_tables_are_less_accurate_than_ours():
     ours, theirs = pair("linear", exact_tables=False)
     products = reference.alphas_cumprod(reference.betas("linear"))
     exact = reference.floats(reference.posterior(products, t, t - 1)[2] for t in range(1, 1000))
@@ -206,7 +206,7 @@ def test_their_last_trailing_step_adds_noise():
     assert not torch.equal(*diffusers_own)
 
 
-def test_their_trailing_spacing_can_run_past_the_end():
+def test_their_trailing_spacing_can_have_a_step_too_many():
     ours, theirs = pair("linear", timestep_spacing="trailing")
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(61)
@@ -234,7 +234,7 @@ def test_their_epsilon_with_zero_terminal_snr_is_not_finite():
 
 
 def test_their_conversion_in_memory_changes_the_betas():
-    """A scheduler's config tells which values are its own defaults, and theirs gives those up for the other's."""
+    """Their config marks values left at the default, and the other scheduler replaces these by its own defaults."""
     from diffusers import KDPM2DiscreteScheduler
 
     assert KDPM2DiscreteScheduler.from_config(DDPMScheduler().config).config.beta_end == 0.012
@@ -245,13 +245,13 @@ def test_their_conversion_in_memory_changes_the_betas():
 # ---- interchange ----
 
 
-def test_conversion_in_memory_warns_of_nothing(caplog, monkeypatch):
+def test_conversion_in_memory_gives_no_warning(caplog, monkeypatch):
     monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
     DDIMScheduler.from_config(CustomDDPMScheduler().config)
     assert not caplog.records
     measured = CustomDDPMScheduler(variance_type="analytic", original_sample_variances=[0.1] * 1000)
     DDIMScheduler.from_config(measured.config)
-    assert "original_sample_variances" in caplog.text  # what DDIM cannot use is not dropped in silence
+    assert "original_sample_variances" in caplog.text  # DDIM ignores it, with a warning
 
 
 def build(scheduler_class, config):
@@ -276,7 +276,7 @@ def test_every_compatible_scheduler_and_back(schedule, prediction_type, name, tm
     other = build(getattr(diffusers, name), scheduler.config)
     assert other.config.prediction_type == prediction_type
     assert other.config.num_train_timesteps == 200
-    if name != "EDMEulerScheduler":  # it has no β
+    if name != "EDMEulerScheduler":  # EDM has no β
         np.testing.assert_allclose(other.betas.numpy(), scheduler.betas.numpy(), rtol=2e-3)
     scheduler.save_pretrained(tmp_path / "ours")
     build(getattr(diffusers, name), getattr(diffusers, name).load_config(tmp_path / "ours"))  # and from the file
@@ -289,7 +289,7 @@ def test_every_compatible_scheduler_and_back(schedule, prediction_type, name, tm
         assert torch.equal(back.betas, scheduler.betas)
 
 
-def test_diffusers_ddpm_configurations_become_ours():
+def test_configurations_of_diffusers_ddpm_load():
     theirs = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
     )
@@ -304,8 +304,8 @@ def test_diffusers_ddpm_configurations_become_ours():
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", reference.SCHEDULES)
-def test_other_solvers_carry_the_exact_world_to_the_data(schedule, prediction_type, name):
-    """Deterministic solvers are affine in the exact Gaussian world, so four starts tell the whole distribution."""
+def test_other_solvers_reach_the_data_distribution(schedule, prediction_type, name):
+    """Deterministic solvers are affine for Gaussian data, so four start points determine the output distribution."""
     scheduler = CustomDDPMScheduler(
         beta_schedule=schedule, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False
     )
@@ -319,7 +319,7 @@ def test_other_solvers_carry_the_exact_world_to_the_data(schedule, prediction_ty
         x = other.step(torch.tensor(output), t, x).prev_sample
     offset, A = x.numpy()[0], (x.numpy()[1:] - x.numpy()[0]).T
 
-    # 100 steps of a first-order solver leave 0.03, of the others less; the laplace curve has its steps in the middle.
+    # The error after 100 steps: 0.03 for a first-order solver, less for others; laplace has few steps near the ends.
     tolerance = 0.04 if name == "DDIMScheduler" or schedule == "laplace" else 0.01
     first = timesteps[0]
     mean = offset + A @ (np.sqrt(a[first]) * MEAN)
@@ -328,10 +328,10 @@ def test_other_solvers_carry_the_exact_world_to_the_data(schedule, prediction_ty
     np.testing.assert_allclose(covariance, a[last] * COVARIANCE + b[last] * np.eye(3), atol=tolerance)
 
 
-# ---- a schedule kept when T changes ----
+# ---- the same schedule with another T ----
 
 
-def test_a_shorter_chain_that_keeps_the_shape_is_trained_betas_everywhere():
+def test_resampled_betas_survive_conversion_as_trained_betas():
     from custom_ddpm.schedules import resample_betas
 
     scheduler = CustomDDPMScheduler(200, trained_betas=resample_betas(make_betas("linear", 1000), 200))

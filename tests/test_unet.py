@@ -1,4 +1,4 @@
-"""The U-Net against diffusers' own, tensor for tensor; what has no counterpart there against its definition."""
+"""The U-Net compared with diffusers' `UNet2DModel`, or with its definition where that has no counterpart."""
 
 import ast
 import importlib.util
@@ -83,7 +83,7 @@ LAYOUTS = {
 
 
 def scramble(model, seed=0):
-    """Give every parameter a value: with layers at zero, or norms at one, two different networks agree."""
+    """Set every parameter to a random value: with zero layers or unit norms, different networks could agree."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -125,7 +125,7 @@ def assert_same_network(custom, stock, *inputs, tolerance=1e-5):
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        # A constant added to every key leaves the softmax as it is: the gradient of that bias is 0 but for rounding.
+        # A constant added to every key does not change the softmax, so the gradient of that bias is 0 up to rounding.
         scale = 1.0 if name.endswith("to_k.bias") else gradient.abs().max()
         assert scale > 0, name
         torch.testing.assert_close(gradients[name] / scale, gradient / scale, rtol=0, atol=tolerance, msg=name)
@@ -147,7 +147,7 @@ def test_outputs_and_gradients_equal_those_of_diffusers_in_the_cifar10_layout():
 
 
 def test_dropout_equals_that_of_diffusers_under_the_same_seed():
-    # No attention: that of diffusers draws random numbers for a dropout of probability 0.
+    # Without attention, since diffusers' attention draws random numbers even for a dropout of 0.
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
     custom, stock = make_pair({**SMALL, **blocks, "dropout": 0.3})
     inputs = make_inputs(SMALL)
@@ -190,7 +190,7 @@ def layouts(draw):
 @settings(max_examples=30, deadline=None)
 @given(layout=layouts(), rows=st.integers(1, 3), columns=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_any_layout_equals_that_of_diffusers(layout, rows, columns, seed):
-    # In float64: a group norm over few pixels divides by nearly nothing, which makes rounding large.
+    # In float64, since a group norm over few pixels divides by a small variance, which amplifies rounding errors.
     custom, stock = (model.double() for model in make_pair(layout, seed))
     stride = 2 ** (len(layout["block_out_channels"]) - 1)
     sample, *conditions = make_inputs(layout, size=(stride * rows, stride * columns), seed=seed)
@@ -266,14 +266,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_expressed_is_refused_by_name_and_value(name):
+def test_unsupported_settings_raise_with_name_and_value(name):
     with pytest.raises(ValueError, match="cannot express") as error:
         CustomUNet2DModel.from_diffusers(UNet2DModel(**{**SMALL, name: REFUSED[name]}))
     assert f"{name}={REFUSED[name]!r}" in str(error.value)
     assert not any(f"{other}=" in str(error.value) for other in REFUSED if other != name)
 
 
-def test_every_setting_of_diffusers_that_is_not_ours_is_refused_and_all_at_once():
+def test_all_unsupported_settings_are_listed_at_once():
     theirs = inspect.signature(UNet2DModel.__init__).parameters.keys()
     ours = inspect.signature(CustomUNet2DModel.__init__).parameters.keys()
     assert theirs - ours <= REFUSED.keys() | {"num_train_timesteps"}
@@ -284,23 +284,23 @@ def test_every_setting_of_diffusers_that_is_not_ours_is_refused_and_all_at_once(
     assert "\n" not in str(error.value)
 
 
-def test_a_saved_network_of_diffusers_is_refused_too(tmp_path):
+def test_a_saved_network_with_unsupported_settings_raises(tmp_path):
     UNet2DModel(**SMALL, center_input_sample=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="center_input_sample=True"):
         CustomUNet2DModel.from_pretrained(tmp_path)
 
 
-def test_learned_embedding_length_alone_is_no_reason_to_refuse():
+def test_learned_embedding_length_alone_is_accepted():
     stock = UNet2DModel(**SMALL, num_train_timesteps=1000)
     assert CustomUNet2DModel.from_diffusers(stock).config.block_out_channels == (8, 16)
 
 
-def test_from_diffusers_takes_a_unet_only():
+def test_from_diffusers_accepts_only_a_unet():
     with pytest.raises(TypeError, match="got Linear"):
         CustomUNet2DModel.from_diffusers(nn.Linear(1, 1))
 
 
-# ---- sizes that do not halve evenly ----
+# ---- sizes that are not multiples of the stride ----
 
 
 @pytest.mark.parametrize("size", [(7, 13), (1, 1), (1, 9), (5, 4), (28, 28)])
@@ -338,7 +338,7 @@ def test_timestep_embedding_is_its_formula(dim, freq_shift, flip_sin_to_cos):
     expected = np.concatenate([*waves, np.zeros((4, dim % 2))], axis=1)
     embedding = timestep_embedding(torch.tensor(t).long(), dim, flip_sin_to_cos, freq_shift)
     assert embedding.dtype == torch.float32
-    np.testing.assert_allclose(embedding.numpy(), expected, atol=3e-4)  # float32: 999 * 2^-24 * a few
+    np.testing.assert_allclose(embedding.numpy(), expected, atol=3e-4)  # float32 rounding of 999
 
 
 def test_a_timestep_comes_as_number_tensor_or_one_per_sample():
@@ -354,7 +354,7 @@ def test_a_timestep_comes_as_number_tensor_or_one_per_sample():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_time_is_embedded_in_float32_whatever_the_dtype(dtype):
+def test_timesteps_are_embedded_in_float32_for_every_dtype(dtype):
     model = scramble(CustomUNet2DModel(**SMALL)).to(dtype)
     seen = []
     model.time_embedding.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -365,10 +365,10 @@ def test_time_is_embedded_in_float32_whatever_the_dtype(dtype):
     assert len(seen[0].unique(dim=0)) == 3
 
 
-# ---- what it starts from ----
+# ---- initialisation ----
 
 
-def test_a_new_network_predicts_zero_and_its_branches_are_closed():
+def test_a_new_network_predicts_zero_and_its_residual_branches_are_zero():
     model = CustomUNet2DModel(**THREE_LEVELS, num_class_embeds=3)
     sample, timestep, _ = make_inputs(SMALL)
     assert torch.count_nonzero(model(sample, timestep, torch.tensor([0, 1, 2])).sample) == 0
@@ -402,7 +402,7 @@ def test_other_weights_are_glorot_uniform():
 
 
 @pytest.mark.parametrize("layout", [SMALL, {**THREE_LEVELS, "num_class_embeds": 5, "dropout": 0.2}])
-def test_gradient_checkpointing_changes_no_number(layout):
+def test_gradient_checkpointing_changes_no_values(layout):
     model = scramble(CustomUNet2DModel(**layout)).train()
     inputs = make_inputs(layout)
     torch.manual_seed(0)
@@ -416,7 +416,7 @@ def test_gradient_checkpointing_changes_no_number(layout):
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_gradient_checkpointing_holds_every_block_and_only_while_gradients_are_wanted():
+def test_gradient_checkpointing_covers_every_block_and_only_with_gradients():
     model = CustomUNet2DModel(**SMALL)
     held = []
 
@@ -435,7 +435,7 @@ def test_gradient_checkpointing_holds_every_block_and_only_while_gradients_are_w
     assert len(held) == len(blocks)
 
 
-def test_every_parameter_takes_part():
+def test_every_parameter_has_a_gradient():
     layout = {**THREE_LEVELS, "num_class_embeds": 5}
     model = scramble(CustomUNet2DModel(**layout))
     _, gradients = output_and_gradients(model, *make_inputs(layout))
@@ -452,10 +452,10 @@ def test_class_labels_condition_each_sample():
     assert (first[2] - second[2]).abs().max() > 1e-2
 
 
-# ---- dtypes, layouts in memory, compilation ----
+# ---- dtypes, memory formats, compilation ----
 
 
-def test_channels_last_gives_the_same_numbers_and_stays():
+def test_channels_last_gives_the_same_values_and_is_preserved():
     model = scramble(CustomUNet2DModel(**THREE_LEVELS))
     sample, timestep, _ = make_inputs(THREE_LEVELS)
     with torch.no_grad():
@@ -480,8 +480,8 @@ def test_autocast_is_near_float32(dtype):
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_forward_never_asks_for_a_value():
-    # On the meta device there are shapes and no values, so whatever would make a GPU wait fails.
+def test_forward_does_not_synchronise_with_the_device():
+    # Tensors on the meta device have no values, so any synchronisation raises an error.
     model = CustomUNet2DModel(**SMALL, num_class_embeds=5).to("meta")
     sample = torch.empty(2, 3, 7, 9, device="meta")
     labels = torch.empty(2, dtype=torch.long, device="meta")
@@ -545,7 +545,7 @@ def test_each_class_loads_what_the_other_saved(tmp_path):
 
 
 def old_attention_names(state_dict):
-    """The names of attention weights in repositories from before diffusers 0.13, google/ddpm-cifar10-32 among them."""
+    """Rename attention weights as in repositories from before diffusers 0.13, such as google/ddpm-cifar10-32."""
     renamed = {}
     for name, tensor in state_dict.items():
         for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -566,7 +566,7 @@ def test_old_attention_names_are_read(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-# ---- refusals ----
+# ---- invalid arguments ----
 
 
 @pytest.mark.parametrize(
@@ -593,7 +593,7 @@ def test_old_attention_names_are_read(tmp_path):
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift must be one of .* got 'spatial'"),
     ],
 )
-def test_impossible_arguments_are_refused_in_one_line(arguments, message):
+def test_invalid_arguments_raise_with_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         CustomUNet2DModel(**{**SMALL, **arguments})
     assert "\n" not in str(error.value)
@@ -611,16 +611,16 @@ def test_impossible_arguments_are_refused_in_one_line(arguments, message):
         (4, (torch.zeros(2, 3, 8, 8), 0, torch.tensor([0])), r"class_labels must be \(2,\), got \(1,\)"),
     ],
 )
-def test_impossible_inputs_are_refused_in_one_line(classes, inputs, message):
+def test_invalid_inputs_raise_with_one_line(classes, inputs, message):
     with pytest.raises(ValueError, match=message) as error:
         CustomUNet2DModel(**SMALL, num_class_embeds=classes)(*inputs)
     assert "\n" not in str(error.value)
 
 
-# ---- it travels alone ----
+# ---- the file on its own ----
 
 
-def test_the_file_stands_alone(tmp_path):
+def test_the_file_imports_nothing_of_the_package(tmp_path):
     source = inspect.getsource(unet_module)
     imported = set()
     for node in ast.walk(ast.parse(source)):

@@ -15,8 +15,8 @@ from diffusers.optimization import get_scheduler
 from ..config import TrainingConfig
 from ..data.base import ImageData
 from ..hub.push import BackgroundPush
+from ..likelihood import ImportanceSampler
 from ..messages import one_line
-from ..objective import ImportanceSampler
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
 from .checkpoint import delete_checkpoint, differing_settings, find_checkpoint

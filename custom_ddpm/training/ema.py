@@ -36,6 +36,7 @@ class PowerEMA(EMAModel):
         self.gamma = gamma_of(sigma_rel)
 
     def get_decay(self, optimization_step: int) -> float:
+        """Weight of the previous average at step t (eq. 2)."""
         return (1 - 1 / optimization_step) ** (self.gamma + 1)
 
 

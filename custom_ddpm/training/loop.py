@@ -58,12 +58,10 @@ def training_steps(
         accelerator: its `gradient_accumulation_steps` batches make one step.
         loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
         max_train_steps, first_step: optimiser steps of the whole run, and those done before.
-        seed: seed of the random draws; see `randomness.draw`.
-        timestep_sampler: draws t; `UniformSampler` if None.
+        seed, timestep_sampler: of the random draws, see `randomness.draw`; draws t, `UniformSampler` if None.
         random_flip: whether pictures are flipped left-right at random.
         label_dropout, null_label: probability of replacing a label by `null_label`, for classifier-free guidance.
-        max_grad_norm: norm that the gradients are clipped to.
-        memory_format: memory layout of x_t.
+        max_grad_norm, memory_format: norm that gradients are clipped to; memory layout of x_t.
     """
     timestep_sampler = timestep_sampler or UniformSampler(len(scheduler))
     for step in range(first_step, max_train_steps):

@@ -15,8 +15,8 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..likelihood import ImportanceSampler
 from ..messages import one_line
-from ..objective import ImportanceSampler
 from ..unet import CustomUNet2DModel
 from .ema import SIGMA_RELS, PostHocEMA, save_snapshot
 from .sharding import join, local_part, part_of, reshard

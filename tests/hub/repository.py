@@ -4,7 +4,7 @@ import hashlib
 import re
 import secrets
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -73,7 +73,7 @@ class Repo:
         """Add a commit to a branch; `files` is its complete content."""
         parent = self.branches.get(branch)
         sha = hashlib.sha1(f"{self.id}{parent}{title}{secrets.token_hex(8)}".encode()).hexdigest()
-        date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         self.commits[sha] = Commit(sha, parent, title, dict(sorted(files.items())), date)
         self.branches[branch] = sha
         return self.commits[sha]
