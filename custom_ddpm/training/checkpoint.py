@@ -148,7 +148,7 @@ def save_checkpoint(
     _together(lambda: write(partial), path, accelerator)
     _together(lambda: _complete(partial, path, {**metadata, "step": step}), path, accelerator, main_process_only=True)
     if accelerator.is_main_process and total_limit is not None:
-        _prune(output_dir, step, total_limit, keep)
+        prune_checkpoints(output_dir, step, total_limit, keep)
     return path
 
 
@@ -299,7 +299,8 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _prune(output_dir: Path, step: int, total_limit: int, keep: Collection[int]) -> None:
+def prune_checkpoints(output_dir: Path, step: int, total_limit: int, keep: Collection[int]) -> None:
+    """Delete the oldest checkpoints beyond `total_limit`, but not that of `step` nor those in `keep`."""
     checkpoints = list_checkpoints(output_dir)
     removable = [path for number, path in checkpoints.items() if number not in {step, *keep}]
     for path in removable[: max(0, len(checkpoints) - total_limit)]:

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..config import TrainingConfig
 from .build import CONFIG_FILE, Resumed, Run, build_run
-from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, save_checkpoint
+from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
 from .ema import snapshot_file
 from .loop import TrainingStep, training_steps
 from .metrics import TimedBatches, read_metrics
@@ -177,8 +177,10 @@ def _snapshot_is_due(run: Run, step: int, last: bool) -> bool:
 
 
 def _catch_up(run: Run) -> None:
-    """Do what was due at the step of the checkpoint, if the run ended between the two."""
+    """Do what was due at the step of the checkpoint but not done, because the run ended between the two."""
     step = run.first_step
+    if run.accelerator.is_main_process and run.checkpoints_total_limit is not None:
+        prune_checkpoints(run.output_dir, step, run.checkpoints_total_limit, best_checkpoint(run.output_dir, step))
     last = step == run.max_train_steps
     missing = [
         _snapshot_is_due(run, step, last) and not snapshot_file(run.output_dir, step).exists(),
@@ -200,15 +202,15 @@ def _save_checkpoint(run: Run, step: int) -> None:
         metadata={"settings": run.settings, "samples_seen": samples_seen, **run.state.metadata()},
         accelerator=run.accelerator,
         total_limit=run.checkpoints_total_limit,
-        keep=best_checkpoint(run.output_dir),
+        keep=best_checkpoint(run.output_dir, step),
     )
 
 
-def best_checkpoint(output_dir: Path) -> list[int]:
-    """The step of the checkpoint with the lowest validation loss; empty if no checkpoint was validated."""
+def best_checkpoint(output_dir: Path, before: int) -> list[int]:
+    """The step of the checkpoint with the lowest validation loss, of those before a step; empty if there is none."""
     saved = list_checkpoints(output_dir)
     losses = {line["step"]: line["validation_loss"] for line in read_metrics(output_dir) if "validation_loss" in line}
-    validated = [step for step in losses if step in saved]
+    validated = [step for step in losses if step in saved and step < before]
     return [min(validated, key=losses.__getitem__)] if validated else []
 
 
