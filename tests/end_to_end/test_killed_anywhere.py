@@ -13,8 +13,9 @@ pytestmark = [pytest.mark.usefixtures("digits_cache"), needs_forkserver, pytest.
 
 # Everything that can be due at a step, often at the same one.
 CHANGES = {
-    "split": "train[:90%]",
-    "validation_split": "train[90%:]",
+    "split": "train[:10%]",
+    "validation_split": "train[99%:]",
+    "train_batch_size": 8,
     "max_train_steps": 8,
     "checkpointing_steps": 2,
     "save_images_steps": 2,
