@@ -1,6 +1,7 @@
 """Images that are streamed: read and decoded at every visit, for datasets too large to cache."""
 
 import itertools
+import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -93,7 +94,11 @@ class StreamedImages(ImageData, torch.utils.data.Dataset):
         # The loader's "indices" are undecoded rows: they are read once, in this process, and its workers run
         # __getitem__ on them.
         loader = torch.utils.data.DataLoader(
-            self, sampler=self._windows(positions), batch_size=None, num_workers=self._request.num_workers
+            self,
+            sampler=self._windows(positions),
+            batch_size=None,
+            num_workers=self._request.num_workers,
+            worker_init_fn=_ignore_stop_signals,
         )
         return self._receive(iter(loader))  # iter() starts the workers, here in the caller's thread
 
@@ -167,3 +172,10 @@ class StreamedImages(ImageData, torch.utils.data.Dataset):
         images = np.stack([crop(pixels, *shape, position) for pixels, position, _ in samples])
         labels = torch.tensor([label for _, _, label in samples]) if self._ids else None
         return torch.from_numpy(images), labels
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Let a worker outlive a signal to the whole process group, so that the main process can end in order."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers.optimization import get_scheduler
 
 from ..config import TrainingConfig
 from ..data.base import ImageData
 from ..hub.push import BackgroundPush
 from ..likelihood import ImportanceSampler
+from ..messages import one_line
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
-from .checkpoint import differing_settings
+from .checkpoint import delete_checkpoint, differing_settings, find_checkpoint
 from .ema import PostHocEMA
 from .launch import command_line
 from .loop import Loss
@@ -26,7 +27,7 @@ from .metrics import MetricsLogger
 from .parts import build_ema, build_loss, build_model, build_optimizer, open_data
 from .preview import Preview
 from .sharding import local_part
-from .state import TrainingState
+from .state import TrainingState, find_problem
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -118,8 +119,13 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     unet, scheduler = build_model(config, data)
     memory_format = _apply_memory_settings(config, unet, accelerator)
 
-    first_step, first_sample = (resumed[1]["step"], resumed[1]["samples_seen"]) if resumed else (0, 0)
+    importance = config.timestep_sampling == "importance"
+    sampler = ImportanceSampler(len(scheduler)).to(accelerator.device) if importance else None
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    settings = {**dataclasses.asdict(config), "dataset": data.fingerprint, "global_batch": global_batch}
+    if resumed is not None:
+        resumed = _usable_checkpoint(resumed, config, settings, unet, sampler, accelerator)
+    first_step, first_sample = (resumed[1]["step"], resumed[1]["samples_seen"]) if resumed else (0, 0)
     max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)
     optimizer = build_optimizer(config, unet)
     # Not prepared by accelerate, which would step it once for every process.
@@ -127,8 +133,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max_train_steps
     )
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
-    state = _build_state(config, accelerator, unet, optimizer, len(scheduler))
-    settings = {**dataclasses.asdict(config), "dataset": data.fingerprint, "global_batch": global_batch}
+    state = _build_state(config, accelerator, unet, optimizer, sampler)
     if resumed is not None:
         _resume(resumed, settings, state, lr_scheduler)
     if accelerator.is_main_process:
@@ -170,17 +175,16 @@ def _build_state(
     accelerator: Accelerator,
     unet: CustomUNet2DModel,
     optimizer: torch.optim.Optimizer,
-    num_train_timesteps: int,
+    sampler: ImportanceSampler | None,
 ) -> TrainingState:
     weights = [local_part(weight) for weight in unet.parameters()]
-    importance = config.timestep_sampling == "importance"
     return TrainingState(
         accelerator,
         unet,
         optimizer,
         ema=build_ema(config, weights) if config.use_ema else None,
         posthoc_ema=None if config.posthoc_ema_steps is None else PostHocEMA(weights),
-        sampler=ImportanceSampler(num_train_timesteps).to(accelerator.device) if importance else None,
+        sampler=sampler,
     )
 
 
@@ -198,12 +202,61 @@ def _loop_options(
     }
 
 
+def _usable_checkpoint(
+    resumed: Resumed,
+    config: TrainingConfig,
+    settings: dict[str, Any],
+    unet: CustomUNet2DModel,
+    sampler: ImportanceSampler | None,
+    accelerator: Accelerator,
+) -> Resumed:
+    """The checkpoint to resume from, chosen by the main process; see `_first_usable`.
+
+    Raises:
+        ValueError: on all processes: the checkpoint belongs to a run with other settings, or none fits the model.
+    """
+    choice: list[Any] = [None, None]  # a checkpoint, or what is wrong
+    if accelerator.is_main_process:
+        try:
+            choice[0] = _first_usable(resumed, config, settings, unet, sampler)
+        except (OSError, ValueError) as error:
+            choice[1] = one_line(error)
+    resumed, problem = broadcast_object_list(choice)
+    if problem is not None:
+        raise ValueError(problem)
+    return resumed
+
+
+def _first_usable(
+    resumed: Resumed | None,
+    config: TrainingConfig,
+    settings: dict[str, Any],
+    unet: CustomUNet2DModel,
+    sampler: ImportanceSampler | None,
+) -> Resumed:
+    """The given checkpoint or, if it does not fit the model, the latest before it that does."""
+    while resumed is not None:
+        path, metadata = resumed
+        problem = None
+        if not isinstance(metadata.get("settings"), dict) or type(metadata.get("samples_seen")) is not int:
+            problem = "metadata.json holds no settings"
+        elif differing := differing_settings(metadata["settings"], settings, [*FIXED_SETTINGS, "dataset"]):
+            raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
+        problem = problem or find_problem(path, unet, config.use_ema, config.posthoc_ema_steps is not None, sampler)
+        if problem is None:
+            return resumed
+        if config.resume_from_checkpoint != "latest":
+            raise ValueError(f"{path} cannot be resumed from: {problem}")
+        logger.warning(f"{path} cannot be resumed from ({problem}): deleting it, and taking the one before")
+        delete_checkpoint(path)
+        resumed = find_checkpoint(config.output_dir, before=metadata["step"])
+    raise ValueError(f"no checkpoint in {config.output_dir} can be resumed from: choose another output folder")
+
+
 def _resume(resumed: Resumed, settings: dict[str, Any], state: TrainingState, lr_scheduler: Any) -> None:
-    """Restore the state of a checkpoint, if its settings allow it."""
+    """Restore the state of a checkpoint, and tell which settings have changed."""
     path, metadata = resumed
-    fixed, free = [*FIXED_SETTINGS, "dataset"], settings.keys() - {*FIXED_SETTINGS, "dataset", *UNCOMPARED_SETTINGS}
-    if differing := differing_settings(metadata["settings"], settings, fixed):
-        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
+    free = settings.keys() - {*FIXED_SETTINGS, "dataset", *UNCOMPARED_SETTINGS}
     for line in differing_settings(metadata["settings"], settings, sorted(free)):
         logger.warning(f"changed since {path.name}: {line}")
     state.load(path, metadata)

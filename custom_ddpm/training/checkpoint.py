@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from accelerate import Accelerator
@@ -99,9 +99,9 @@ def _clear(output_dir: Path, resumed_from: Path | None) -> None:
         )
     for path in damaged:
         logger.warning(f"Deleting the damaged {path}")
-        _delete(path)
+        delete_checkpoint(path)
     for leftover in output_dir.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
 
 
 def save_checkpoint(
@@ -146,7 +146,7 @@ def save_checkpoint(
     _together(lambda: write(partial), path, accelerator)
     _together(lambda: _complete(partial, path, {**metadata, "step": step}), path, accelerator, main_process_only=True)
     if accelerator.is_main_process and total_limit is not None:
-        _prune(output_dir, step, total_limit, keep)
+        prune_checkpoints(output_dir, step, total_limit, keep)
     return path
 
 
@@ -168,7 +168,8 @@ def _together(
 
 
 def _new_folder(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists() or partial.is_symlink():
+        _remove(partial)
     partial.mkdir(parents=True)
 
 
@@ -189,13 +190,16 @@ def _complete(partial: Path, path: Path, metadata: Mapping[str, Any]) -> None:
     _flush(path.parent)
 
 
-def find_checkpoint(output_dir: str | Path, which: str | Path = "latest") -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(
+    output_dir: str | Path, which: str | Path = "latest", before: int | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """Find a checkpoint and verify the checksums of its files.
 
     Args:
         output_dir: output folder of the run.
         which: `"latest"`, the name of a checkpoint in `output_dir`, or the path of one. For `"latest"`, damaged
             checkpoints are skipped with a warning that names them.
+        before: for `"latest"`, only checkpoints of earlier steps count; `None` for all.
 
     Returns:
         The folder of the checkpoint and its metadata, which includes `step`; `None` for `"latest"` if there are no
@@ -206,7 +210,7 @@ def find_checkpoint(output_dir: str | Path, which: str | Path = "latest") -> tup
         ValueError: the checkpoint is damaged; for `"latest"`, all are.
     """
     if which == "latest":
-        paths = list(list_checkpoints(output_dir).values())
+        paths = [path for step, path in list_checkpoints(output_dir).items() if before is None or step < before]
         for path in reversed(paths):
             damage = _damage(path)
             if damage is None:
@@ -266,32 +270,51 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or `None`."""
     try:
+        if not (path / MANIFEST).is_file():
+            return f"it has no {MANIFEST}"
         manifest = _read_json(path / MANIFEST)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {_named(error)}"
     if METADATA not in manifest:
         return f"{MANIFEST} does not list {METADATA}"
     for name, digest in manifest.items():
+        # Only what `save_checkpoint` writes: reading a device or a FIFO might never end.
+        parts = PurePosixPath(name).parts
+        if "\0" in name or not parts or parts[0] == "/" or ".." in parts or not (path / name).is_file():
+            return f"{name!r} is not a file in it"
         try:
             if _sha256(path / name) != digest:
                 return f"{name} is not what was saved"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
+    try:
+        step = _read_json(path / METADATA).get("step")
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{METADATA} cannot be read: {_named(error)}"
+    named = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    if type(step) is not int or (named and int(named[1]) != step):
+        return f"{METADATA} says step {step!r}"
     return None
 
 
-def _prune(output_dir: Path, step: int, total_limit: int, keep: Collection[int]) -> None:
+def prune_checkpoints(output_dir: Path, step: int, total_limit: int, keep: Collection[int]) -> None:
+    """Delete the oldest checkpoints beyond `total_limit`, but not that of `step` nor those in `keep`."""
     checkpoints = list_checkpoints(output_dir)
     removable = [path for number, path in checkpoints.items() if number not in {step, *keep}]
     for path in removable[: max(0, len(checkpoints) - total_limit)]:
         try:
-            _delete(path)
+            delete_checkpoint(path)
         except OSError as error:  # the new checkpoint is safe, so the run goes on
             logger.warning(f"Could not delete {path}: {_named(error)}")
 
 
-def _delete(path: Path) -> None:
-    shutil.rmtree(path.rename(_temporary(path)))
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; one that is a link to another place is only unlinked."""
+    _remove(path.rename(_temporary(path)))
+
+
+def _remove(path: Path) -> None:
+    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def _sha256(path: Path) -> str:

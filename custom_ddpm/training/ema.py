@@ -68,9 +68,14 @@ class PostHocEMA:
             average.step(parameters)
 
 
+def snapshot_file(run: Path, step: int) -> Path:
+    """The file of the snapshot after optimiser step `step`, in the output folder of a run."""
+    return run / FOLDER / f"step-{step:07d}.safetensors"
+
+
 def save_snapshot(run: Path, step: int, averages: Mapping[str, torch.Tensor]) -> None:
     """Save averages that end at `step`, named "<σ_rel>/<weight>", in half precision as in the paper."""
-    file = run / FOLDER / f"step-{step:07d}.safetensors"
+    file = snapshot_file(run, step)
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".tmp")
     save_file({name: value.half() for name, value in averages.items()}, partial)

@@ -22,12 +22,29 @@ LEVELS = 10  # equal parts of 0 … T that the loss is averaged over separately
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's `metrics.jsonl`, in order; empty if there is no such file."""
+    """The complete lines of a run's `metrics.jsonl`, in order; empty if there is no such file.
+
+    Lines that are no metrics (damaged by a disk or an editor) are left out.
+    """
+    return [line for _, line in _numbered_lines(output_dir) if line is not None]
+
+
+def _numbered_lines(output_dir: str | Path) -> list[tuple[int, dict[str, Any] | None]]:
+    """The number of each complete line, from 1, and its metrics; None if it has none."""
     file = Path(output_dir, METRICS)
     if not file.is_file():
         return []
     # A line that a full disk or a killed process cut short has no line end.
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    texts = file.read_bytes().split(b"\n")[:-1]
+    return [(number, _metrics_of(text)) for number, text in enumerate(texts, 1)]
+
+
+def _metrics_of(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 class TimedBatches:
@@ -90,7 +107,10 @@ class MetricsLogger:
             disable=not accelerator.is_main_process,
         )
         if accelerator.is_main_process:
-            kept = [line for line in read_metrics(output_dir) if line["step"] <= start_step]
+            lines = _numbered_lines(output_dir)
+            if bad := [str(number) for number, line in lines if line is None]:
+                logger.warning(f"{output_dir / METRICS}: line {', '.join(bad[:10])} holds no metrics and is deleted")
+            kept = [line for _, line in lines if line is not None and line["step"] <= start_step]
             new = output_dir / f".{METRICS}.tmp"
             new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             new.replace(output_dir / METRICS)

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from ..data import ImageData, normalise
 from ..hub.card import write_model_card
@@ -23,6 +24,11 @@ from .randomness import draw
 from .state import TrainingState
 
 IMAGE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+
+
+def grid_file(output_dir: Path, step: int) -> Path:
+    """The file of the sample grid after optimiser step `step`; the last thing that `Preview.save` writes."""
+    return output_dir / "samples" / f"step-{step:07d}.png"
 
 
 @torch.no_grad()
@@ -99,7 +105,7 @@ class Preview:
         Must be called by all processes. With `final`, pushing is left to `finish`.
         """
         with self.state.averaged():
-            if self.validation_data is not None:
+            if self.validation_data is not None and not self._is_validated(step):
                 loss = validation_loss(
                     self.state.unet, self.scheduler, self.validation_data, self.batch_size, self.accelerator
                 )
@@ -111,7 +117,7 @@ class Preview:
             self.metrics.draw()
             unet = self.state.whole_unet()
             if self.accelerator.is_main_process:
-                self._write(unet, images, step)
+                self._write(unet, image_grid(images, columns=self._columns()), step)
                 if self.push is not None and not final:
                     self.push.push(self.output_dir, f"Step {step}")
         self.accelerator.wait_for_everyone()
@@ -122,15 +128,38 @@ class Preview:
         if self.push is not None and self.accelerator.is_main_process:
             self.push.finish(self.output_dir, f"Trained for {step} steps")
 
-    def _write(self, unet: CustomUNet2DModel | None, images: torch.Tensor, step: int) -> None:
+    def save_pipeline(self, step: int) -> None:
+        """Save the pipeline, its card and the loss curves alone: a run that stops early leaves a usable model."""
+        with self.state.averaged():
+            self.metrics.draw()
+            unet = self.state.whole_unet()
+            if self.accelerator.is_main_process:
+                self._write_pipeline(unet, step)
+        self.accelerator.wait_for_everyone()
+
+    def _is_validated(self, step: int) -> bool:
+        """Whether the validation loss of this step was written before the run was interrupted."""
+        lines = read_metrics(self.output_dir) if self.accelerator.is_main_process else []
+        found = any(line["step"] == step and "validation_loss" in line for line in lines)
+        return bool(broadcast_object_list([found])[0])
+
+    def _columns(self) -> int | None:
         classes = len(self.id2label or ())
-        grid = image_grid(images, columns=classes if 0 < classes <= 16 else None)
-        (self.output_dir / "samples").mkdir(exist_ok=True)
-        grid.save(self.output_dir / "samples" / f"step-{step:07d}.png")
+        return classes if 0 < classes <= 16 else None
+
+    def _write(self, unet: CustomUNet2DModel | None, grid: PIL.Image.Image, step: int) -> None:
         grid.save(self.output_dir / "samples.png")
+        self._write_pipeline(unet, step)
+        self._log_grid(grid, step)
+        file = grid_file(self.output_dir, step)
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f".{file.name}.tmp")
+        grid.save(partial, format="PNG")
+        partial.replace(file)
+
+    def _write_pipeline(self, unet: CustomUNet2DModel | None, step: int) -> None:
         CustomDDPMPipeline(unet, self.scheduler, id2label=self.id2label).save_pretrained(self.output_dir)
         write_model_card(self.output_dir, {**self.facts, "steps": step, "metrics": self._last_metrics()})
-        self._log_grid(grid, step)
 
     def _last_metrics(self) -> dict[str, float]:
         lines, metrics = read_metrics(self.output_dir), {}

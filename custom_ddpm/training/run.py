@@ -12,10 +12,12 @@ from accelerate.utils import broadcast_object_list
 
 from ..config import TrainingConfig
 from .build import CONFIG_FILE, Resumed, Run, build_run
-from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, save_checkpoint
+from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
+from .ema import snapshot_file
 from .loop import TrainingStep, training_steps
 from .metrics import TimedBatches, read_metrics
 from .parts import build_accelerator
+from .preview import grid_file
 from .stopping import StopRequest
 
 logger = get_logger(__name__, log_level="INFO")
@@ -84,6 +86,8 @@ def _run_steps(run: Run) -> tuple[int, str | None]:
     stop = StopRequest(accelerator, run.max_train_time)
     skipped_in_a_row = torch.zeros((), device=accelerator.device)
     run.state.unet.train()
+    if run.first_step > 0:
+        _catch_up(run)
     steps = training_steps(
         run.model,
         run.scheduler,
@@ -104,6 +108,7 @@ def _run_steps(run: Run) -> tuple[int, str | None]:
             stopping = stop.agreed()
             _run_periodic_tasks(run, step, skipped_in_a_row, last=stopping or step == run.max_train_steps)
             if stopping and step < run.max_train_steps:
+                run.preview.save_pipeline(step)
                 return step, stop.reason
     except torch.OutOfMemoryError as error:
         raise MemoryError(
@@ -159,12 +164,33 @@ def _run_periodic_tasks(run: Run, step: int, skipped_in_a_row: torch.Tensor, las
             )
     if checkpoint_is_due or last:
         _save_checkpoint(run, step)
-    if run.posthoc_ema_steps and (step % run.posthoc_ema_steps == 0 or last):
+    if _snapshot_is_due(run, step, last):
         run.state.save_posthoc_snapshot(run.output_dir)
     if grid_is_due and not last:  # the last grid is drawn by `Preview.finish`
         run.preview.save(step)
     if checkpoint_is_due or grid_is_due:
         run.metrics.restart_clock(step)
+
+
+def _snapshot_is_due(run: Run, step: int, last: bool) -> bool:
+    return run.posthoc_ema_steps is not None and (step % run.posthoc_ema_steps == 0 or last)
+
+
+def _catch_up(run: Run) -> None:
+    """Do what was due at the step of the checkpoint but not done, because the run ended between the two."""
+    step = run.first_step
+    if run.accelerator.is_main_process and run.checkpoints_total_limit is not None:
+        prune_checkpoints(run.output_dir, step, run.checkpoints_total_limit, best_checkpoint(run.output_dir, step))
+    last = step == run.max_train_steps
+    missing = [
+        _snapshot_is_due(run, step, last) and not snapshot_file(run.output_dir, step).exists(),
+        step % run.save_images_steps == 0 and not last and not grid_file(run.output_dir, step).exists(),
+    ]
+    snapshot_is_missing, grid_is_missing = broadcast_object_list(missing)
+    if snapshot_is_missing:
+        run.state.save_posthoc_snapshot(run.output_dir)
+    if grid_is_missing:
+        run.preview.save(step)
 
 
 def _save_checkpoint(run: Run, step: int) -> None:
@@ -176,15 +202,15 @@ def _save_checkpoint(run: Run, step: int) -> None:
         metadata={"settings": run.settings, "samples_seen": samples_seen, **run.state.metadata()},
         accelerator=run.accelerator,
         total_limit=run.checkpoints_total_limit,
-        keep=best_checkpoint(run.output_dir),
+        keep=best_checkpoint(run.output_dir, step),
     )
 
 
-def best_checkpoint(output_dir: Path) -> list[int]:
-    """The step of the checkpoint with the lowest validation loss; empty if no checkpoint was validated."""
+def best_checkpoint(output_dir: Path, before: int) -> list[int]:
+    """The step of the checkpoint with the lowest validation loss, of those before a step; empty if there is none."""
     saved = list_checkpoints(output_dir)
     losses = {line["step"]: line["validation_loss"] for line in read_metrics(output_dir) if "validation_loss" in line}
-    validated = [step for step in losses if step in saved]
+    validated = [step for step in losses if step in saved and step < before]
     return [min(validated, key=losses.__getitem__)] if validated else []
 
 

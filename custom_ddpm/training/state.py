@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..likelihood import ImportanceSampler
+from ..messages import one_line
 from ..unet import CustomUNet2DModel
-from .ema import PostHocEMA, save_snapshot
+from .ema import SIGMA_RELS, PostHocEMA, save_snapshot
 from .sharding import join, local_part, part_of, reshard
 
 UNET_FILE = "unet.safetensors"
@@ -173,3 +174,56 @@ class TrainingState:
             if self.accelerator.is_main_process:
                 gathered[name] = tensor.cpu().contiguous()
         return gathered
+
+
+def find_problem(
+    folder: Path, unet: CustomUNet2DModel, ema: bool, posthoc_ema: bool, sampler: ImportanceSampler | None
+) -> str | None:
+    """Compare the files of a saved state with the model that it is to be loaded into, before anything is loaded.
+
+    Args:
+        folder: the folder that `TrainingState.save` was given.
+        unet: the model, not sharded.
+        ema, posthoc_ema: whether the state has these averages.
+        sampler: the importance sampler, if any.
+
+    Returns:
+        What does not fit, in one line; None if everything does.
+    """
+    shapes = {name: list(weight.shape) for name, weight in unet.named_parameters()}
+    expected = {UNET_FILE: shapes}
+    if ema:
+        expected[EMA_FILE] = shapes
+    if posthoc_ema:
+        expected[POSTHOC_EMA_FILE] = {f"{kept}/{name}": shape for kept in SIGMA_RELS for name, shape in shapes.items()}
+    if sampler is not None:
+        expected[SAMPLER_FILE] = {name: list(value.shape) for name, value in sampler.state_dict().items()}
+    try:
+        for file, wanted in expected.items():
+            found = _shapes(folder / file)
+            for name in sorted(found.keys() | wanted.keys()):
+                if found.get(name) != wanted.get(name):
+                    has, needs = found.get(name, "not there"), wanted.get(name, "none")
+                    return f"{file}: {name} has the shape {has}, the model needs {needs}"
+        return _optimizer_problem(_shapes(folder / OPTIMIZER_FILE), shapes)
+    except (OSError, SafetensorError) as error:
+        return one_line(error)
+
+
+def _optimizer_problem(found: dict[str, list[int]], shapes: dict[str, list[int]]) -> str | None:
+    """Every weight must have the same kinds of moments: scalars, or tensors of the shape of the weight."""
+    kinds = {name.rpartition(".")[2] for name in found}
+    if not kinds or found.keys() != {f"{weight}.{kind}" for weight in shapes for kind in kinds}:
+        return f"{OPTIMIZER_FILE}: {len(found)} tensors, which are not the moments of {len(shapes)} weights"
+    for name, shape in found.items():
+        if shape not in ([], shapes[name.rpartition(".")[0]]):
+            return f"{OPTIMIZER_FILE}: {name} has the shape {shape}"
+    return None
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a safetensors file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.name} is missing")
+    with safe_open(file, "pt") as saved:
+        return {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118 - not a mapping

@@ -12,11 +12,13 @@ from accelerate import Accelerator
 
 from .launch import launcher_pid
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
 
 class StopRequest:
     """Whether the run must end after this step; all processes agree on it. A checkpoint is then saved, see `run.py`.
 
-    SIGTERM and SIGINT (Ctrl-C) are handled from the construction until `restore`.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed) are handled from the construction until `restore`.
 
     Args:
         accelerator: the run's accelerator.
@@ -34,8 +36,11 @@ class StopRequest:
         self._vote = torch.zeros(())
         self._pending: torch.distributed.Work | None = None
         self.reason: str | None = None
+        # A signal that is ignored stays so: `nohup` starts programs with SIGHUP ignored.
         self._previous: dict[signal.Signals, Any] = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, self._on_signal)
+            for number in STOP_SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
         }
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -1,15 +1,18 @@
 """custom_ddpm/training/run.py: chance, Algorithm 1 against a plain loop, resume to the bit, guard rails."""
 
+import hashlib
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import types
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.stats
 import torch
 from diffusers import UNet2DModel
@@ -307,6 +310,120 @@ def test_a_finished_run_that_is_resumed_is_left_as_it_was(tmp_path):
     assert metrics(tmp_path) == lines
 
 
+def test_a_finished_run_is_validated_once(tmp_path):
+    held_out = {"split": "train[:90%]", "validation_split": "train[90%:]"}
+    run(tmp_path, **held_out)
+    run(tmp_path, **held_out, resume_from_checkpoint="latest")
+    assert [line["step"] for line in metrics(tmp_path) if "validation_loss" in line] == [12]
+
+
+DUE = {"split": "train[:90%]", "validation_split": "train[90%:]", "save_images_steps": 4, "posthoc_ema_steps": 4}
+
+
+@pytest.mark.parametrize("lost", ["samples/step-0000004.png", "posthoc_ema/step-0000004.safetensors", "validation"])
+def test_what_was_due_at_the_checkpoint_is_done_after_a_resume(tmp_path, monkeypatch, lost):
+    run(tmp_path / "straight", **DUE)
+    run_killed_at(monkeypatch, 5, tmp_path / "killed", **DUE)
+    lines = tmp_path / "killed" / "metrics.jsonl"
+    if lost == "validation":  # the line is written before the grid
+        (tmp_path / "killed" / "samples" / "step-0000004.png").unlink()
+        lines.write_text("".join(line for line in lines.open() if "validation" not in line))
+    else:
+        (tmp_path / "killed" / lost).unlink()
+    run(tmp_path / "killed", **DUE, resume_from_checkpoint="latest")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+    for pattern in ("samples/*", "posthoc_ema/*"):
+        names = {file.name for file in (tmp_path / "straight").glob(pattern)}
+        assert names == {file.name for file in (tmp_path / "killed").glob(pattern)}
+        for name in names:
+            files = [tmp_path / folder / pattern.replace("*", name) for folder in ("straight", "killed")]
+            assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_bad_line_of_metrics_is_named_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    run_killed_at(monkeypatch, 6, tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"\xff\x00 no line\n[1]\n" + file.read_bytes() + b"{}\n")
+    run(tmp_path, resume_from_checkpoint="latest")
+    assert f"{file}: line 1, 2, 5 holds no metrics" in caplog.text
+    assert [line["step"] for line in metrics(tmp_path)] == [4, 5, 8, 10, 12]
+
+
+def damage(kind, folder):
+    """Spoil a checkpoint in a way that its manifest agrees with."""
+    files = {name: folder / f"{name}.safetensors" for name in ("unet", "optimizer", "ema")}
+    tensors = safetensors.torch.load_file(files["unet"])
+    name = "conv_in.bias"
+    if kind == "broadcast":
+        safetensors.torch.save_file({**tensors, name: tensors[name][:1].clone()}, files["unet"])
+    elif kind == "missing weight":
+        safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, files["unet"])
+    elif kind == "surplus weight":
+        safetensors.torch.save_file({**tensors, "more": torch.zeros(1)}, files["ema"])
+    elif kind == "empty optimiser":
+        safetensors.torch.save_file({}, files["optimizer"])
+    elif kind == "no file":
+        files["ema"].unlink()
+    elif kind == "no safetensors":
+        files["unet"].write_bytes(b"\x80\x04pickle")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    if kind == "another step":
+        (folder / "metadata.json").write_text(json.dumps({**metadata, "step": 6}))
+    if kind == "no settings":
+        (folder / "metadata.json").write_text(json.dumps({"step": metadata["step"]}))
+    listed = [file for file in folder.iterdir() if file.name != "manifest.json"]
+    if kind == "metadata alone":
+        listed = [folder / "metadata.json"]
+        files["unet"].unlink()
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in listed}
+    extra = {"device": "/dev/zero", "outside": "../../secret", "null": "a\0b", "pipe": "pipe"}
+    if kind in extra:
+        digests[extra[kind]] = "0" * 64
+        if kind == "pipe":
+            os.mkfifo(folder / "pipe")
+    text = "[" * 100_000 if kind == "deep" else json.dumps([digests] if kind == "list" else digests)
+    (folder / "manifest.json").write_text(text)
+
+
+KINDS = (
+    "broadcast,missing weight,surplus weight,empty optimiser,no file,no safetensors,another step,no settings,"
+    "metadata alone,device,outside,null,pipe,deep,list"
+).split(",")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_does_not_fit_is_left_for_the_one_before(tmp_path, straight_run, kind, caplog):
+    shutil.copytree(straight_run, tmp_path / "run")
+    damage(kind, tmp_path / "run" / "checkpoint-12")
+    run(tmp_path / "run", resume_from_checkpoint="latest")
+    assert "checkpoint-12" in caplog.text and "resumed from" in caplog.text and "at step 8" in caplog.text
+    assert differences(tmp_path / "run" / "checkpoint-12", straight_run / "checkpoint-12") == []
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "empty optimiser", "pipe", "another step"])
+def test_a_checkpoint_that_was_named_is_refused_in_one_line(tmp_path, straight_run, kind):
+    shutil.copytree(straight_run, tmp_path / "run")
+    damage(kind, tmp_path / "run" / "checkpoint-12")
+    with pytest.raises(ValueError, match=r"checkpoint-12 (is damaged|cannot be resumed from)"):
+        run(tmp_path / "run", resume_from_checkpoint="checkpoint-12")
+
+
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory, digits_cache):
+    return run(tmp_path_factory.mktemp("runs") / "straight")
+
+
+def test_a_checkpoint_that_is_a_link_is_pruned_and_its_target_stays(tmp_path, straight_run):
+    shutil.copytree(straight_run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    options = {"max_train_steps": 16, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"}
+    for steps in (16, 20):
+        run(tmp_path / "run", **{**options, "max_train_steps": steps})
+    assert list(list_checkpoints(tmp_path / "run")) == [16, 20]
+    assert (tmp_path / "elsewhere" / "manifest.json").is_file()
+
+
 def test_more_steps_may_be_asked_of_a_finished_run(tmp_path, caplog):
     run(tmp_path, lr_scheduler="constant")
     run(tmp_path, lr_scheduler="constant", max_train_steps=20, resume_from_checkpoint="latest")
@@ -438,7 +555,7 @@ def test_two_processes_resume_to_the_bit(tmp_path):
 # The end before the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, monkeypatch, caplog, number):
     draw = loop.draw
 
@@ -454,7 +571,11 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, monkeypatch, caplog, 
     assert signal.getsignal(number) == before
     assert list(list_checkpoints(tmp_path / "stopped")) == [4, 7]
     assert f"stopped at step 7: received {number.name}. Resume with --resume_from_checkpoint latest" in caplog.text
-    assert not (tmp_path / "stopped" / "model_index.json").exists()
+    # The pictures so far can be looked at, with the averaged weights, and the card says how far it came.
+    unet = CustomDDPMPipeline.from_pretrained(tmp_path / "stopped").unet
+    averages = state(tmp_path / "stopped" / "checkpoint-7")
+    assert all(torch.equal(value, averages[f"ema/{name}"]) for name, value in unet.state_dict().items())
+    assert "7 optimiser steps" in (tmp_path / "stopped" / "README.md").read_text()
     run(tmp_path / "stopped", **RANDOM, resume_from_checkpoint="latest")
     run(tmp_path / "straight", **RANDOM)
     assert differences(tmp_path / "stopped" / "checkpoint-12", tmp_path / "straight" / "checkpoint-12") == []
@@ -474,6 +595,18 @@ def test_the_echo_of_a_launcher_does_not_end_the_process_before_it_has_saved(tmp
     monkeypatch.setattr(loop, "draw", draw_and_signal)
     run(tmp_path)
     assert max(list_checkpoints(tmp_path)) == 7
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path, monkeypatch):
+    """As `nohup` starts programs."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        draw = loop.draw
+        monkeypatch.setattr(loop, "draw", lambda *a: (os.kill(os.getpid(), signal.SIGHUP), draw(*a))[1])
+        run(tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert max(list_checkpoints(tmp_path)) == 12
 
 
 def test_time_is_over(tmp_path, caplog):
