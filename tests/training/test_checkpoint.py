@@ -485,7 +485,7 @@ def test_start_anew_is_not_the_answer_to_nothing_but_damage(tmp_path, accelerato
 
 def test_a_folder_of_something_else_is_no_checkpoint(tmp_path):
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"it has no manifest\.json"):
         find_checkpoint(tmp_path, tmp_path / "pictures")
 
 
@@ -510,7 +510,7 @@ def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path
     child = int(holder.stdout.readline())
     (tmp_path / "run" / ".checkpoint-1.tmp").mkdir()
     try:
-        with pytest.raises(BlockingIOError, match=f"another run is using {tmp_path / 'run'}: end it, or choose"):
+        with pytest.raises(BlockingIOError, match=f"another run is using {tmp_path / 'run'}: stop it, or choose"):
             claim(tmp_path / "run")
         assert names(tmp_path / "run") == [".checkpoint-1.tmp"]
         holder.kill()
