@@ -1,9 +1,11 @@
 """Opening of image datasets: from the Hub, from folders of images, or from local dataset files."""
 
+import errno
+import functools
 import glob
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -138,6 +140,29 @@ def _check_arguments(
         raise ValueError(f"label_column {label_column!r} requires class_conditional")
 
 
+def _names_full_disk(function: Callable[..., ImageData]) -> Callable[..., ImageData]:
+    """Decorate `open_images`: where the disk of the cache is full, the error names the cache folder."""
+
+    @functools.wraps(function)
+    def wrapper(**arguments: Any) -> ImageData:
+        try:
+            return function(**arguments)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and getattr(cause, "errno", None) != errno.ENOSPC:
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            folder = arguments.get("cache_dir") or datasets.config.HF_DATASETS_CACHE
+            raise OSError(
+                f"the disk of the cache folder {folder} is full: free some space, or choose another folder by "
+                "--cache_dir"
+            ) from error
+
+    return wrapper
+
+
+@_names_full_disk
 def open_images(
     *,
     dataset_name: str | None = None,

@@ -153,3 +153,18 @@ def test_concurrent_processes_agree_and_leave_one_cache_file(tmp_path):
     assert results == [[data.fingerprint, images.sum(dim=(1, 2, 3)).tolist()]] * 2
     assert len(list(cache.rglob("cache-*.arrow"))) == 1
     assert not list(cache.rglob("tmp*"))
+
+
+@pytest.mark.parametrize("when", ["downloading", "decoding"])
+def test_a_full_cache_disk_is_named(tmp_path, monkeypatch, when):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    folder = make(tmp_path / "d", numbered(3))
+    if when == "decoding":
+        monkeypatch.setattr(datasets.Dataset, "map", full)
+    else:
+        monkeypatch.setattr(datasets, "load_dataset", full)
+    cache = str(tmp_path / "cache")
+    with pytest.raises(OSError, match=f"the disk of the cache folder {cache} is full: .* --cache_dir"):
+        open_images(dataset_name=folder, resolution=4, cache_dir=cache)
