@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import torch
 import torch.distributed.run
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import str_to_bool
@@ -117,3 +118,42 @@ def launcher_pid() -> int | None:
     """Process id of the launcher (accelerate's or torch's) that started this process; None if there is none."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     return os.getppid() if launched else None
+
+
+def set_cpu_threads(local_processes: int) -> int:
+    """Let this process use its share of the physical cores, unless the user chose a number of threads.
+
+    `accelerate launch` and torch's launcher set OMP_NUM_THREADS to 1 where the user has not set it, which would leave
+    all cores but one idle.
+
+    Args:
+        local_processes: processes of the run on this machine.
+
+    Returns:
+        The number of threads that torch uses.
+    """
+    if not _threads_were_chosen():
+        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = min(cores, len(os.sched_getaffinity(0)))
+        torch.set_num_threads(max(1, cores // local_processes))
+    return torch.get_num_threads()
+
+
+def _threads_were_chosen() -> bool:
+    """Whether OMP_NUM_THREADS is the user's: set in the environment of the launcher, or by a flag of the launcher."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        return False
+    try:
+        for process in psutil.Process().parents():
+            # The environment that a process was started with; later changes are not in it.
+            if "OMP_NUM_THREADS" not in process.environ():
+                words = process.cmdline()
+                is_launcher = "launch" in words or any(
+                    word.endswith(("accelerate-launch", "torchrun")) or word == "torch.distributed.run"
+                    for word in words
+                )
+                return not is_launcher or any(word.startswith("--num_cpu_threads_per_process") for word in words)
+    except psutil.Error:  # another user's process, or one that has ended
+        pass
+    return True

@@ -1,5 +1,6 @@
 """Building the parts of a training run, each from the settings of the configuration that concern it."""
 
+import os
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 
@@ -21,8 +23,11 @@ from ..pipelines import CustomDDPMPipeline
 from ..scheduler import CustomDDPMScheduler
 from ..schedules import BETA_RANGES, make_betas, resample_betas
 from ..unet import CustomUNet2DModel
+from .launch import set_cpu_threads
 from .loop import Loss
 from .sharding import check_strategy
+
+logger = get_logger(__name__, log_level="INFO")
 
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)  # one process decodes a large dataset, or writes a large checkpoint
 
@@ -43,6 +48,11 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
     )
     check_strategy(accelerator)
+    if accelerator.device.type == "cpu":
+        threads = set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        logger.info(f"device: CPU, {accelerator.num_processes} x {threads} threads")
+    else:
+        logger.info(f"device: {accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}")
     if accelerator.distributed_type == DistributedType.FSDP:
         # Otherwise accelerate keeps full gradients, in half precision, on every process until the last batch.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
