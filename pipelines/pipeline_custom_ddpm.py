@@ -251,7 +251,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} steps from images to noise; give the images as latents, (B, C, H, W)")
             return
         signal, least = (float(scheduler.alphas_cumprod[t]) ** 0.5 for t in (min(round(first), T - 1), T - 1))
-        if drawn and (signal - least > 0.05 or (config.get("rescale_betas_zero_snr") and first < T - 1)):
+        if drawn and (signal - least > 0.01 or (config.get("rescale_betas_zero_snr") and first < T - 1)):
             logger.warning(
                 f"{name} starts from pure noise at t = {first:g} of {T - 1}, where the model expects {signal:.1%} of "
                 f"the image, so the images will be off; set timestep_spacing='trailing', or other steps than {n}"
