@@ -38,13 +38,16 @@ def sample(args: argparse.Namespace) -> None:
 
     from .sampling import image_grid, sample_images
 
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if not 0 <= args.seed <= 2**63 - args.num_images:
+        raise ValueError(f"--seed is {args.seed}; it must be between 0 and 2**63 - {args.num_images}")
     folder = _new_folder(args.output_dir)
     pipeline = _load(args.model)
-    labels = None
-    if args.class_labels:
-        named = {name: label for label, name in (pipeline.config.id2label or {}).items()}
-        chosen = [named.get(word, int(word) if word.isdecimal() else word) for word in args.class_labels]
-        labels = [chosen[i % len(chosen)] for i in range(args.num_images)]
+    words = args.class_labels
+    labels = words and [words[i % len(words)] for i in range(args.num_images)]
     options = {name: getattr(args, name) for name in ("num_inference_steps", "eta") if getattr(args, name) is not None}
     if args.guidance_scale != 1.0:
         options["guidance_scale"] = args.guidance_scale
@@ -156,7 +159,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", default="samples", help="new folder for the pictures")
     sub.add_argument("--num_images", type=int, default=16, help="number of pictures")
     sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next number")
-    sub.add_argument("--class_labels", nargs="+", default=None, help="labels or class names, repeated in turn")
+    sub.add_argument(
+        "--class_labels", nargs="+", default=None, help="class names, or labels if no name is a number, in turn"
+    )
     sub.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
     sub.add_argument("--num_inference_steps", type=int, default=None, help="sampling steps; all T if not given")
     sub.add_argument("--eta", type=float, default=None, help="1: DDPM, 0: DDIM")

@@ -16,7 +16,7 @@ from .data.pixels import denormalise
 def sample_images(
     pipeline: Any,
     seeds: Sequence[int],
-    class_labels: Sequence[int] | None = None,
+    class_labels: Sequence[int] | Sequence[str] | None = None,
     batch_size: int = 64,
     **options: Any,
 ) -> torch.Tensor:
@@ -28,13 +28,22 @@ def sample_images(
     Args:
         pipeline: `CustomDDPMPipeline`, on its device.
         seeds: one per image.
-        class_labels: one per image, for a class-conditional model.
+        class_labels: class names or labels, one per image, for a class-conditional model.
         batch_size: images per batch in each process.
         **options: further arguments of the pipeline call.
 
     Returns:
         uint8 (len(seeds), C, H, W) on the CPU.
+
+    Raises:
+        ValueError: no seeds; not one label per seed; a batch size below 1; what the pipeline raises for `options`.
     """
+    if len(seeds) == 0:
+        raise ValueError("seeds is empty; give at least one, for one image")
+    if class_labels is not None and len(class_labels) != len(seeds):
+        raise ValueError(f"there are {len(class_labels)} class_labels for {len(seeds)} seeds; give one per image")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     state = PartialState()
     share = math.ceil(len(seeds) / state.num_processes)
     # The last process may have fewer images; it repeats the last one, since `gather` needs tensors of the same shape.

@@ -119,7 +119,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         dynamic_thresholding_ratio: quantile of |x̂_0| used as the threshold.
         clip_sample_range: see `clip_sample`.
         sample_max_value: upper bound of the dynamic threshold.
-        timestep_spacing: "leading", "linspace" or "trailing" (Lin et al. 2024, table 2).
+        timestep_spacing: "leading", "linspace" or "trailing" (Lin et al. 2024, table 2). "leading" of n steps is
+            ⌊i T/n⌋, spread over all of T also where n does not divide T; with `rescale_betas_zero_snr` it is
+            "trailing", since sampling must start where ᾱ = 0.
         steps_offset: added to the timesteps of "leading".
         rescale_betas_zero_snr: whether to rescale β so that ᾱ_T = 0 (Lin et al. 2024); not possible with "epsilon".
         original_sample_variances: T numbers E[Var(x_0 | x_t)] per pixel, for variance_type "analytic"; see
@@ -223,17 +225,18 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if chosen.size == 0 or not (np.diff(chosen) < 0).all():
                 raise ValueError("`timesteps` must be in descending order, with at least one.")
         else:
-            n = num_inference_steps
-            if not 1 <= n <= T:
+            n, spacing = num_inference_steps, self.config.timestep_spacing
+            if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= T:
                 raise ValueError(
                     f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, the number of "
-                    "timesteps that the model was trained with."
+                    "timesteps that the model was trained with, and an integer."
                 )
-            step = np.arange(n)
-            if self.config.timestep_spacing == "linspace":
+            step = np.arange(int(n))
+            if spacing == "linspace":
                 chosen = np.round(np.linspace(0, T - 1, n))[::-1].astype(np.int64)
-            elif self.config.timestep_spacing == "leading":
-                chosen = (step * (T // n))[::-1] + self.config.steps_offset
+            elif spacing == "leading" and not self.config.rescale_betas_zero_snr:
+                # Not step · (T // n): 501 of 1000 steps would then start from pure noise at t = 500.
+                chosen = (step * T // n)[::-1] + self.config.steps_offset
             else:
                 chosen = np.round((n - step) * T / n).astype(np.int64) - 1
         if chosen[0] >= T or chosen[-1] < 0:
@@ -617,7 +620,11 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _limit(self, original_sample: torch.Tensor) -> torch.Tensor:
         if self.config.thresholding:
             flat = original_sample.flatten(1).to(torch.promote_types(original_sample.dtype, torch.float32))
-            bound = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
+            # The quantile by linear interpolation. torch.quantile is limited to 2**24 numbers.
+            ordered, last = flat.abs().sort(dim=1).values, flat.shape[1] - 1
+            rank = self.config.dynamic_thresholding_ratio * last
+            below, above = ordered[:, int(rank), None], ordered[:, min(int(rank) + 1, last), None]
+            bound = torch.lerp(below, above, rank - int(rank))
             bound = bound.clamp(min=1.0, max=self.config.sample_max_value)
             limited = flat.clamp(-bound, bound) / bound
             return limited.view_as(original_sample).to(original_sample.dtype)
@@ -648,7 +655,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             generator: random generator for z; with a list of one per image, an image does not depend on its batch.
             variance_noise: z, instead of drawing it from `generator`.
             return_dict: whether to return a `CustomDDPMSchedulerOutput` rather than a tuple.
-            eta: in [0, 1]; 1 is DDPM (ancestral), 0 is DDIM (deterministic except for variance_type "analytic").
+            eta: in [0, 1]; 1 is DDPM (ancestral), 0 is DDIM (deterministic except for variance_type "analytic"). Where
+                x̂_0 is clipped, ε̂ is recomputed from it, so that R4 and R7 hold; diffusers' `DDIMScheduler` keeps the
+                model's ε̂ unless it is given `use_clipped_model_output=True`.
 
         Returns:
             `CustomDDPMSchedulerOutput`, or (prev_sample, pred_original_sample); shape and dtype of `sample`.

@@ -4,9 +4,12 @@ This file imports nothing of the package when it is loaded, and is saved at the 
 `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works where the package is not installed.
 """
 
+import copy
 import importlib
 import inspect
 import json
+import math
+import numbers
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,9 +19,28 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import (
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    UNet2DModel,
+)
+from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
+_STOCK_DDPM = (DDPMScheduler, DDPMParallelScheduler)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# These step from t to t − T // n, whatever their next timestep is.
+_STEP_BY_RATIO = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
+    "PNDMScheduler",
+    "CogVideoXDDIMScheduler",
+)
 
 
 class CustomDDPMPipeline(DiffusionPipeline):
@@ -38,16 +60,32 @@ class CustomDDPMPipeline(DiffusionPipeline):
     def __init__(self, unet: Any, scheduler: Any, id2label: dict | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
         # The keys are strings after loading from JSON.
         self.register_to_config(id2label=id2label and {int(label): str(name) for label, name in id2label.items()})
 
     # ---- sampling ----
 
+    @property
+    def guidance_scale(self) -> float:
+        """w of the present call; a callback may change it by setting `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of the scheduler's steps in the present call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the present call stops before its next step; a callback sets `_interrupt`."""
+        return self._interrupt
+
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: int | str | list[int] | list[str] | torch.Tensor | None = None,
+        class_labels: int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int | None = None,
         eta: float | None = None,
@@ -60,20 +98,23 @@ class CustomDDPMPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Generate images (Algorithm 2, S1).
 
+        A call steps with its own copy of the scheduler, so it does not depend on other calls, also of other threads.
+
         Args:
             batch_size: number of images; taken from `class_labels` or `latents` if those are given per image.
-            class_labels: label or class name, one for all images or one per image. Without it, a class-conditional
-                model trained with label dropout samples unconditionally.
+            class_labels: class name or label, one for all images or one per image; a label may be text if no class name
+                is a number. Without it, a class-conditional model trained with label dropout samples unconditionally.
             guidance_scale: w of classifier-free guidance, ε̂ = ε(∅) + w (ε(c) − ε(∅)) (Ho & Salimans 2022,
                 arXiv:2207.12598); 1.0 for no guidance.
             num_inference_steps: number of steps of the reverse process; None for all T of the training.
-            eta: 1 for DDPM, 0 for DDIM; None for the scheduler's default.
+            eta: 1 for DDPM, 0 for DDIM; None for the scheduler's default. See `CustomDDPMScheduler.step` for clipping.
             generator: one for the batch, or one per image; with one per image, an image does not depend on its batch.
-            latents: x_T, (B, C, H, W); drawn from `generator` if None.
-            output_type: "pil", "np" ((B, H, W, C) float32 in [0, 1]) or "pt" ((B, C, H, W), the same range).
+            latents: x_T, (B, C, H, W), of variance 1 for every scheduler; drawn from `generator` if None.
+            output_type: "pil", "np" ((B, H, W, C) float32 in [0, 1]), "pt" ((B, C, H, W), the same range) or "latent"
+                (x_0 as it is, (B, C, H, W) float32, nominally in [−1, 1]).
             return_dict: whether to return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": x}) after each step; may return
-                {"latents": ...} to replace them.
+                {"latents": ...} to replace them. `pipeline` is this call's shallow copy, with its scheduler.
             callback_on_step_end_tensor_inputs: keys of that dictionary; only "latents" is available.
 
         Returns:
@@ -82,65 +123,159 @@ class CustomDDPMPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument does not match the model, the scheduler or another argument.
         """
-        self._check_arguments(output_type, eta, callback_on_step_end_tensor_inputs)
+        self._check_arguments(output_type, guidance_scale, num_inference_steps, eta, callback_on_step_end_tensor_inputs)
+        if hasattr(class_labels, "tolist"):
+            class_labels = class_labels.tolist()
         if batch_size == 1:
             for per_image in (class_labels, latents):
                 batch_size = len(per_image) if isinstance(per_image, list | tuple | torch.Tensor) else batch_size
+        _check_count("batch_size", batch_size)
+        _check_generator(generator, batch_size)
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
-        latents = self._prepare_latents(latents, batch_size, generator)
-        step_options = {"generator": generator} if eta is None else {"generator": generator, "eta": eta}
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(latents, labels, guidance_scale, num_inference_steps, step_options, *callback)
+        call = self._begin(guidance_scale, num_inference_steps)
+        call._check_timesteps(latents is None)
+        latents = call._prepare_latents(latents, batch_size, generator)
+        options = call._step_options(eta, generator)
+        latents = call._denoise(latents, labels, options, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        for name in ("_guidance_scale", "_num_timesteps", "_interrupt"):
+            setattr(self, name, getattr(call, name))
         images = self._to_output(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _begin(self, guidance_scale: float, num_inference_steps: int | None) -> "CustomDDPMPipeline":
+        """A shallow copy of the pipeline with the state of one call, so that calls cannot disturb each other."""
+        call = copy.copy(self)
+        call.scheduler = copy.deepcopy(self.scheduler)
+        call._guidance_scale, call._interrupt = float(guidance_scale), False
+        n = num_inference_steps or call.scheduler.config.num_train_timesteps
+        call.scheduler.set_timesteps(n, device=self._execution_device)
+        call._num_timesteps = len(call.scheduler.timesteps)
+        return call
 
     def _denoise(
         self,
         latents: torch.Tensor,
         labels: list[int] | None,
-        guidance_scale: float,
-        num_inference_steps: int | None,
         step_options: dict[str, Any],
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None,
         tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
         """The loop of Algorithm 2, from x_T to x_0; `step_options` are arguments of the scheduler's `step`."""
         class_labels = None if labels is None else torch.tensor(labels, device=latents.device)
-        self.scheduler.set_timesteps(
-            num_inference_steps or self.scheduler.config.num_train_timesteps, device=latents.device
-        )
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_output = self._predict(latents, t, class_labels, guidance_scale)
-            latents = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)[0]
+        timesteps = self.scheduler.timesteps
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                break
+            is_last = i == len(timesteps) - 1
+            if "prev_timestep" in step_options:
+                step_options["prev_timestep"] = None if is_last else timesteps[i + 1]
+            model_output = self._predict(latents, t, class_labels)
+            try:
+                stepped = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)
+            except NotImplementedError as error:
+                raise ValueError(f"{type(self.scheduler).__name__} cannot step this model: {error}") from error
+            # x̂_0 is the mean of the last step; diffusers' DDPM adds noise to it if that step is not from t = 0.
+            latents = stepped[1 if is_last and isinstance(self.scheduler, _STOCK_DDPM) else 0]
             if callback_on_step_end is not None:
                 inputs = {"latents": latents} if tensor_inputs else {}
                 latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
         return latents
 
-    def _predict(
-        self, latents: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None, guidance_scale: float
-    ) -> torch.Tensor:
-        """Model output at x_t in float32, with guidance if `guidance_scale` is not 1."""
+    def _predict(self, latents: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Model output at x_t in float32, with guidance if `guidance_scale` is not 1, as the scheduler takes it."""
         model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        C = self.unet.config.in_channels  # the channels after these are a learned variance
         if class_labels is None:
-            return self.unet(model_input, t).sample.float()
-        if guidance_scale == 1.0:
-            return self.unet(model_input, t, class_labels=class_labels).sample.float()
-        both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
-        output = self.unet(torch.cat([model_input, model_input]), t, class_labels=both).sample.float()
-        without, with_class = output.chunk(2)
-        C = self.unet.config.in_channels  # the channels after these are a learned variance, which is not extrapolated
-        guided = without[:, :C] + guidance_scale * (with_class[:, :C] - without[:, :C])
-        return torch.cat([guided, with_class[:, C:]], dim=1)
+            output = self.unet(model_input, t).sample.float()
+        elif self.guidance_scale == 1.0:
+            output = self.unet(model_input, t, class_labels=class_labels).sample.float()
+        else:
+            both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
+            output = self.unet(torch.cat([model_input, model_input]), t, class_labels=both).sample.float()
+            without, with_class = output.chunk(2)
+            guided = without[:, :C] + self.guidance_scale * (with_class[:, :C] - without[:, :C])
+            output = torch.cat([guided, with_class[:, C:]], dim=1)  # the variance is not extrapolated
+        return output if self._takes_learned_variance() else output[:, :C]
+
+    # ---- what the scheduler takes ----
+
+    def _takes_learned_variance(self) -> bool:
+        """Whether the scheduler's `step` takes the channels of a learned variance (of our schedulers, DDPM, UnCLIP)."""
+        variance = inspect.signature(getattr(self.scheduler, "_get_variance", len)).parameters
+        known = hasattr(self.scheduler, "split_model_output") or "predicted_variance" in variance
+        return known and self.scheduler.config.variance_type in ("learned", "learned_range")
+
+    def _step_options(self, eta: float | None, generator: Any) -> dict[str, Any]:
+        """The arguments that the scheduler's `step` takes beside the model output, the timestep and x_t."""
+        if generator is not None and hasattr(self.scheduler, "noise_sampler_seed"):  # DPMSolverSDE draws by a seed
+            one = isinstance(generator, torch.Generator)
+            seeds = [
+                int(torch.randint(2**62, (), generator=g, device=g.device)) for g in ([generator] if one else generator)
+            ]
+            self.scheduler.noise_sampler_seed = seeds[0] if one else seeds
+        if not self._takes_learned_variance() and getattr(self.scheduler.config, "variance_type", "").startswith(
+            "learned"
+        ):
+            # DPM-Solvers would cut the prediction to three channels.
+            self.scheduler.register_to_config(variance_type=None)
+        options = {"generator": generator, "prev_timestep": None}
+        known = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in options.items() if name in known} | ({} if eta is None else {"eta": eta})
+
+    def _check_scheduler(self) -> None:
+        """Raise ValueError for a scheduler that cannot step this model."""
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(f"{name} is not for a model that predicts ε, x_0 or v at timesteps 0 … T−1; use another")
+        extra = list(inspect.signature(scheduler.step).parameters.values())
+        needed = {p.name for p in extra if p.default is p.empty} - {"model_output", "timestep", "sample"}
+        if needed:
+            raise ValueError(f"the step of {name} needs {', '.join(sorted(needed))}, which this pipeline does not have")
+        kind = scheduler.config.get("variance_type")
+        if isinstance(scheduler, _STOCK_DDPM) and kind in ("zero", "analytic", "fixed_large_log"):
+            raise ValueError(f"{name} has no variance_type {kind!r}; use CustomDDPMScheduler or another variance_type")
+        out, C = self.unet.config.out_channels, self.unet.config.in_channels
+        if out != 2 * C and (out != C or self._takes_learned_variance()):
+            raise ValueError(
+                f"the model has {out} output channels; with {C} channels and variance_type {kind!r} "
+                f"it must have {2 * C if self._takes_learned_variance() else C}"
+            )
+
+    def _check_timesteps(self, drawn: bool) -> None:
+        """Warn of timesteps that do not lead from pure noise to an image; `drawn`: whether x_T is drawn by the call."""
+        scheduler, name, config = self.scheduler, type(self.scheduler).__name__, self.scheduler.config
+        T, n, first = config.num_train_timesteps, scheduler.num_inference_steps, float(scheduler.timesteps[0])
+        if first < float(scheduler.timesteps[-1]):
+            if drawn:
+                raise ValueError(f"{name} steps from images to noise; give the images as latents, (B, C, H, W)")
+            return
+        signal, least = (float(scheduler.alphas_cumprod[t]) ** 0.5 for t in (min(round(first), T - 1), T - 1))
+        if drawn and (signal - least > 0.01 or (config.get("rescale_betas_zero_snr") and first < T - 1)):
+            logger.warning(
+                f"{name} starts from pure noise at t = {first:g} of {T - 1}, where the model expects {signal:.1%} of "
+                f"the image, so the images will be off; set timestep_spacing='trailing', or other steps than {n}"
+            )
+        if name in _STEP_BY_RATIO and T % n > T // 20:
+            logger.warning(
+                f"{name} goes {T // n} timesteps at a step, so {n} steps are not the whole of {T} and the images will "
+                f"be off; take a number of steps that divides {T}"
+            )
 
     # ---- checking and preparing the arguments of a call ----
 
-    def _check_arguments(self, output_type: str, eta: float | None, tensor_inputs: Sequence[str]) -> None:
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
+    def _check_arguments(
+        self, output_type: str, guidance_scale: float, steps: Any, eta: float | None, tensor_inputs: Sequence[str]
+    ) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
         if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs is {tensor_inputs}; only 'latents' is available")
+        if steps is not None:
+            _check_count("num_inference_steps", steps)
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be a finite number")
+        self._check_scheduler()
         if eta is not None and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta; leave it out")
         if eta is not None and not 0.0 <= eta <= 1.0:
@@ -153,8 +288,6 @@ class CustomDDPMPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """x_T in float32 on the execution device: the given one, checked, or one drawn from `generator`."""
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator has {len(generator)} entries for batch_size {batch_size}; give one per image")
         device, config = self._execution_device, self.unet.config
         if latents is None:
             if config.sample_size is None:
@@ -163,14 +296,13 @@ class CustomDDPMPipeline(DiffusionPipeline):
             height, width = (size, size) if isinstance(size, int) else size
             shape = (batch_size, config.in_channels, height, width)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            latents = latents * self.scheduler.init_noise_sigma
-        elif latents.shape[:2] != (batch_size, config.in_channels):
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, config.in_channels):
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}; "
                 f"this call needs ({batch_size}, {config.in_channels}, height, width)"
             )
         # x_t stays in float32 for any dtype of the model, because T small steps accumulate in it.
-        return latents.to(device=device, dtype=torch.float32)
+        return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
 
     def _null_label(self) -> int | None:
         """The label that stands for "no class"; None if the model was not trained with label dropout."""
@@ -199,23 +331,30 @@ class CustomDDPMPipeline(DiffusionPipeline):
                 f"guidance_scale is {guidance_scale}, but this model was trained without label dropout, so guidance is "
                 "not possible; leave it at 1.0"
             )
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, int | str):
-            class_labels = [class_labels] * batch_size
+        entries = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * batch_size
+        if len(entries) != batch_size:
+            raise ValueError(f"there are {len(entries)} class_labels for batch_size {batch_size}; give one per image")
+        return [self._label(entry, embeddings if null is None else null) for entry in entries]
+
+    def _label(self, entry: Any, count: int) -> int:
+        """The label, below `count`, of a class name or label; a text is a name first, and only if names are numbers."""
         label_of = {name: label for label, name in (self.config.id2label or {}).items()}
-        labels = [label_of.get(entry, entry) if isinstance(entry, str) else int(entry) for entry in class_labels]
-        for label in labels:
-            if not isinstance(label, int) or not 0 <= label < embeddings:
-                known = f" or one of {', '.join(label_of)}" if label_of else ""
-                raise ValueError(f"class label {label!r} is unknown; use an integer in [0, {embeddings}){known}")
-        if len(labels) != batch_size:
-            raise ValueError(f"there are {len(labels)} class_labels for batch_size {batch_size}; give one per image")
-        return labels
+        numbered = any(name.isdecimal() for name in label_of)
+        label = entry.item() if hasattr(entry, "item") else entry
+        if isinstance(label, str):
+            label = label_of.get(label, int(label) if label.isdecimal() and not numbered else label)
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
+            choices = [] if numbered and isinstance(entry, str) else [f"an integer in [0, {count})"]
+            some = ", ".join(list(label_of)[:10]) + (", …" if len(label_of) > 10 else "")
+            choices += [f"one of {some}"] if label_of else []
+            raise ValueError(f"class label {entry!r} is unknown; use {' or '.join(choices)}")
+        return label
 
     @staticmethod
     def _to_output(latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
         """Images in the output type (inverse of F1): [−1, 1] to [0, 1], and to 8 bits for PIL."""
+        if output_type == "latent":
+            return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -330,3 +469,18 @@ def _copy_code(component_class: type, folder: Path) -> list[str]:
         if file.resolve() != target.resolve():
             shutil.copyfile(file, target)
     return [source.stem, component_class.__name__]
+
+
+def _check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
+def _check_generator(generator: Any, batch_size: int) -> None:
+    """Raise ValueError unless `generator` is None, a torch.Generator or one per image."""
+    entries = generator if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(entry, torch.Generator) for entry in entries):
+        raise ValueError(f"generator is {generator!r}; it must be a torch.Generator or a list of one per image")
+    if entries is generator and len(entries) != batch_size:
+        raise ValueError(f"generator has {len(entries)} entries for batch_size {batch_size}; give one per image")

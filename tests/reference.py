@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from mpmath import cos, exp, log, mp, mpf, pi, sqrt
+from mpmath import cos, exp, floor, log, mp, mpf, pi, sqrt
 
 mp.dps = 40
 
@@ -92,11 +92,11 @@ def ddim(abar: Sequence, t: int, s: int, eta) -> tuple:
 
 
 def positions(spacing: str, T: int, n: int) -> list:
-    """Lin et al. 2024, table 2: descending, from 0, before rounding to timesteps."""
+    """Lin et al. 2024, table 2: descending, from 0, before rounding to timesteps; "leading" rounds down."""
     if spacing == "linspace":
         return [mpf(i) * (T - 1) / (n - 1) if n > 1 else mpf(0) for i in range(n)][::-1]
     if spacing == "leading":
-        return [mpf(i * (T // n)) for i in range(n)][::-1]
+        return [floor(mpf(i) * T / n) for i in range(n)][::-1]
     return [mpf(T) - mpf(i) * T / n - 1 for i in range(n)]
 
 

@@ -42,6 +42,37 @@ def test_sample_draws_a_picture_for_each_seed(model, tmp_path, capsys):
     assert "exists already and is not empty" in refused("sample", model, "--output_dir", folder)
 
 
+@pytest.mark.parametrize("flag", ["--num_images", "--batch_size", "--num_inference_steps"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_sample_refuses_counts_below_one(flag, value, model, tmp_path):
+    message = refused("sample", model, "--output_dir", tmp_path / "pictures", flag, value)
+    assert message == f"custom-ddpm: error: {flag} is {value}; it must be at least 1"
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63 - 15, 2**64])
+def test_sample_refuses_seeds_that_torch_does_not_take(seed, model, tmp_path):
+    assert f"--seed is {seed}; it must be between" in refused(
+        "sample", model, "--output_dir", tmp_path / "p", "--seed", seed
+    )
+
+
+def test_sample_takes_a_class_whose_name_is_a_number_by_its_name(tmp_path):
+    pipeline = make_pipeline(classes=3)
+    pipeline.register_to_config(id2label={0: "01", 1: "02", 2: "03"})
+    pipeline.save_pretrained(tmp_path / "model")
+    words = ["sample", tmp_path / "model", "--output_dir", tmp_path / "pictures", "--num_images", 3, "--class_labels"]
+    message = refused(*words, 1, 2, 3)
+    assert message == "custom-ddpm: error: class label '1' is unknown; use one of 01, 02, 03"
+    assert not (tmp_path / "pictures").exists()
+    main([str(word) for word in [*words, "03", "01", "02"]])
+    expected = pipeline(class_labels=[2, 0, 1], generator=[torch.Generator().manual_seed(i) for i in range(3)]).images
+    for seed, picture in enumerate(expected):
+        assert np.array_equal(
+            np.asarray(PIL.Image.open(tmp_path / "pictures" / f"seed-{seed}.png")), np.asarray(picture)
+        )
+
+
 def test_convert_there_and_back(tmp_path):
     make_pipeline(channels=3).save_pretrained(tmp_path / "ours")
     main(["convert", str(tmp_path / "ours"), str(tmp_path / "stock")])

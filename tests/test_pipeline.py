@@ -74,9 +74,9 @@ def test_eta_0_is_ddim():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_other_schedulers_of_diffusers_work(pipeline):
+def test_eta_is_of_schedulers_that_have_it(pipeline):
+    # Their statistics are in test_samplers.py.
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    assert torch.isfinite(draw(pipeline, num_inference_steps=5)).all()
     with pytest.raises(ValueError, match=r"eta is 0.5, but EulerDiscreteScheduler has no eta"):
         draw(pipeline, eta=0.5)
 
@@ -105,6 +105,46 @@ def test_callback_sees_and_replaces_the_latents(pipeline):
     image = draw(pipeline, num_inference_steps=4, callback_on_step_end=blank)
     assert seen == [(0, 15, (1, 1, 8, 8)), (1, 10, (1, 1, 8, 8)), (2, 5, (1, 1, 8, 8)), (3, 0, (1, 1, 8, 8))]
     assert (image == 0.5).all()
+
+
+def test_callbacks_find_what_they_find_in_diffusers(class_pipeline):
+    seen = []
+
+    def watch(pipe, step, timestep, inputs):
+        seen.append((pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt, len(pipe.scheduler.timesteps)))
+        pipe._guidance_scale += 1.0
+        pipe._interrupt = step == 2
+
+    options = {"class_labels": 1, "num_inference_steps": 5, "output_type": "latent"}
+
+    def draw_latent(**more):
+        return class_pipeline(generator=torch.Generator().manual_seed(0), **options, **more).images
+
+    stopped = draw_latent(guidance_scale=2.0, callback_on_step_end=watch)
+    assert seen == [(2.0, 5, False, 5), (3.0, 5, False, 5), (4.0, 5, False, 5)]
+    assert (class_pipeline.guidance_scale, class_pipeline.num_timesteps, class_pipeline.interrupt) == (5.0, 5, True)
+    # x_t after three steps with w = 2, 3, 4: not the image, and not that of a fixed w.
+    kept = []
+    draw_latent(guidance_scale=2.0, callback_on_step_end=lambda pipe, i, t, inputs: kept.append(inputs["latents"]))
+    assert len(kept) == 5 and not torch.equal(stopped, kept[2])
+    # The next call begins anew.
+    draw_latent()
+    assert (class_pipeline.guidance_scale, class_pipeline.interrupt) == (1.0, False)
+
+
+def test_latents_as_the_output_are_not_limited():
+    pipeline = make_pipeline(clip_sample=False)
+    x_0 = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    assert x_0.dtype == torch.float32 and x_0.abs().max() > 1
+    assert torch.equal((x_0 / 2 + 0.5).clamp(0, 1), draw(pipeline, batch_size=2))
+
+
+def test_a_call_inside_the_callback_of_another(pipeline):
+    def inner(pipe, step, timestep, inputs):
+        pipeline(num_inference_steps=3, output_type="pt")
+
+    expected = draw(pipeline, num_inference_steps=6)
+    assert torch.equal(draw(pipeline, num_inference_steps=6, callback_on_step_end=inner), expected)
 
 
 def test_half_precision_keeps_x_t_in_float32(pipeline):
@@ -146,14 +186,46 @@ def test_guidance_extrapolates_from_no_class_to_the_class():
 def test_class_labels_by_number_by_name_and_per_image(class_pipeline):
     by_number = draw(class_pipeline, batch_size=2, class_labels=2)
     assert torch.equal(by_number, draw(class_pipeline, batch_size=2, class_labels="class 2"))
-    assert torch.equal(by_number, draw(class_pipeline, class_labels=torch.tensor([2, 2])))
+    for labels in (torch.tensor([2, 2]), np.array([2, 2]), [np.int64(2), torch.tensor(2)], (2, 2), ["2", "class 2"]):
+        assert torch.equal(by_number, draw(class_pipeline, class_labels=labels)), labels
+    for label in (torch.tensor(2), np.array(2), np.int64(2), "2"):
+        assert torch.equal(by_number, draw(class_pipeline, batch_size=np.int64(2), class_labels=label)), label
     assert not torch.equal(by_number, draw(class_pipeline, class_labels=[2, 0]))
+
+
+def test_where_names_are_numbers_a_text_is_a_name_only(class_pipeline):
+    class_pipeline.register_to_config(id2label={0: "01", 1: "02", 2: "03"})
+    assert torch.equal(draw(class_pipeline, class_labels="02"), draw(class_pipeline, class_labels=1))
+    for word in ("1", "2", "3", "0"):
+        with pytest.raises(ValueError, match=f"class label '{word}' is unknown; use one of 01, 02, 03$"):
+            draw(class_pipeline, class_labels=word)
+    class_pipeline.register_to_config(id2label={0: "2", 1: "0", 2: "1"})
+    assert torch.equal(draw(class_pipeline, class_labels=["2"]), draw(class_pipeline, class_labels=[0]))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_labels": 5}, r"class label 5 is unknown; use an integer in \[0, 4\) or one of class 0"),
+        ({"class_labels": 5}, r"class label 5 is unknown; use an integer in \[0, 3\) or one of class 0"),
+        ({"class_labels": 3}, r"class label 3 is unknown; use an integer in \[0, 3\)"),  # the label of no class
+        ({"class_labels": "3"}, "class label '3' is unknown"),
+        ({"class_labels": [0, 3], "guidance_scale": 2.0}, "class label 3 is unknown"),
+        ({"class_labels": 1.0}, r"class label 1\.0 is unknown"),
+        ({"class_labels": torch.tensor([1.7])}, r"class label 1\.7"),
+        ({"class_labels": True}, "class label True is unknown"),
+        ({"class_labels": []}, "there are 0 class_labels|batch_size is 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be an integer of at least 1"),
+        ({"num_inference_steps": -1}, "num_inference_steps is -1"),
+        ({"num_inference_steps": 5.0}, r"num_inference_steps is 5\.0; it must be an integer"),
+        ({"num_inference_steps": True}, "num_inference_steps is True"),
+        ({"num_inference_steps": "5"}, "num_inference_steps is '5'"),
+        ({"batch_size": 0}, "batch_size is 0; it must be an integer of at least 1"),
+        ({"batch_size": 2.0}, r"batch_size is 2\.0"),
+        ({"generator": 0}, r"generator is 0; it must be a torch\.Generator"),
+        ({"generator": [0], "batch_size": 1}, r"generator is \[0\]; it must be"),
+        ({"guidance_scale": float("nan"), "class_labels": 1}, "guidance_scale is nan; it must be a finite number"),
+        ({"eta": float("nan")}, "eta is nan"),
+        ({"latents": torch.zeros(1, 1, 8)}, r"latents have shape \(1, 1, 8\)"),
         ({"class_labels": "class 9"}, "class label 'class 9' is unknown"),
         ({"class_labels": [0, 1], "batch_size": 3}, "there are 2 class_labels for batch_size 3"),
         ({"guidance_scale": 2.0}, "but guidance needs class_labels"),

@@ -39,6 +39,21 @@ def test_labels_belong_to_their_seeds(class_pipeline):
     assert not torch.equal(whole[0], whole[1])
 
 
+@pytest.mark.parametrize(
+    ("seeds", "options", "message"),
+    [
+        ([], {}, "seeds is empty"),
+        ([1], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ([1, 2], {"class_labels": [0]}, "there are 1 class_labels for 2 seeds"),
+        ([1], {"class_labels": [0, 1]}, "there are 2 class_labels for 1 seeds"),
+        ([1], {"class_labels": [3]}, "class label 3 is unknown"),
+    ],
+)
+def test_arguments_that_do_not_fit(class_pipeline, seeds, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_images(class_pipeline, seeds, **options)
+
+
 def sample_and_save(folder):
     images = sample_images(make_pipeline(3), [5, 6, 7, 8, 9], batch_size=2)
     torch.save(images, folder / f"{torch.distributed.get_rank()}.pt")

@@ -431,6 +431,16 @@ def test_dynamic_thresholding_by_its_definition(dtype):
 # ---- zero terminal SNR ----
 
 
+def test_dynamic_thresholding_of_more_pixels_than_torch_quantile_takes():
+    scheduler = make(thresholding=True, dynamic_thresholding_ratio=0.75, sample_max_value=1e9)
+    n = 2**24 + 5
+    x_0 = torch.arange(n, dtype=torch.float32).view(1, 1, 1, n)
+    limited = scheduler._limit(x_0)
+    bound = 0.75 * (n - 1)
+    assert limited.max() == 1.0
+    assert float(limited[0, 0, 0, 1000]) == pytest.approx(1000 / bound, rel=1e-6)
+
+
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "zero"])
@@ -524,6 +534,8 @@ def test_steps_offset_moves_leading_only():
         ({"num_inference_steps": 10, "timesteps": [5, 1]}, "Can only pass one of"),
         ({"num_inference_steps": 0}, r"`num_inference_steps` is 0; it must be between 1 and num_train_timesteps, 1000"),
         ({"num_inference_steps": 1001}, "`num_inference_steps` is 1001; it must be between 1 and"),
+        ({"num_inference_steps": 5.0}, r"`num_inference_steps` is 5\.0; .* and an integer"),
+        ({"num_inference_steps": True}, "`num_inference_steps` is True; .* and an integer"),
         ({"timesteps": []}, "must be in descending order, with at least one"),
         ({"timesteps": [1, 5]}, "must be in descending order"),
         ({"timesteps": [5, 5]}, "must be in descending order"),

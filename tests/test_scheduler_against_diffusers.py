@@ -45,8 +45,11 @@ def test_their_tables_are_ours_in_float32(schedule):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=5e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("n", [1000, 100, 30, 20, 7, 1])
-@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+@pytest.mark.parametrize(
+    ("spacing", "n"),
+    [(spacing, n) for spacing in TIMESTEP_SPACINGS for n in (1000, 500, 125, 100, 20, 8, 1)]
+    + [(spacing, n) for spacing in ("linspace", "trailing") for n in (30, 7)],
+)
 def test_set_timesteps_chooses_the_same(spacing, n):
     ours, theirs = pair("linear", timestep_spacing=spacing)
     ours.set_timesteps(n)
@@ -55,6 +58,16 @@ def test_set_timesteps_chooses_the_same(spacing, n):
     assert [int(ours.previous_timestep(t)) for t in ours.timesteps] == [
         int(theirs.previous_timestep(t)) for t in theirs.timesteps
     ]
+
+
+def test_their_leading_spacing_starts_in_the_middle_of_the_chain():
+    ours, theirs = pair("linear")
+    for n, first in ((501, 500), (999, 998), (7, 852)):
+        ours.set_timesteps(n)
+        theirs.set_timesteps(n)
+        assert theirs.timesteps[0] == first
+        assert ours.timesteps.tolist() == reference.timesteps("leading", 1000, n)
+        assert ours.timesteps[0] == 999 - -(-1000 // n) + 1 and ours.timesteps[-1] == 0
 
 
 def test_custom_timesteps_are_the_same():

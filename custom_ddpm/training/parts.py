@@ -110,6 +110,7 @@ def build_scheduler(config: TrainingConfig) -> CustomDDPMScheduler:
         prediction_type=config.prediction_type,
         variance_type=config.variance_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        timestep_spacing="trailing",  # with fewer steps than T, sampling starts at T−1, where the noise does
     )
 
 
