@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .messages import one_line, shown
 
 if TYPE_CHECKING:
     from .pipelines import CustomDDPMPipeline
+
+MAX_PROBLEMS = 50  # lines that `verify` prints
 
 
 def _load(model: str) -> "CustomDDPMPipeline":
@@ -80,13 +83,15 @@ def push(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Check whether the code in a repository is that of this release, and whether anything else makes it unsafe."""
-    from .hub.verify import verify_repository
+    """Check the code, the configuration and the weights of a repository, without running or unpickling anything."""
+    from .hub.verify import verification
 
-    problems = verify_repository(args.repository, revision=args.revision)
-    if problems:
-        raise ValueError("\n  ".join([f"{args.repository} is not to be trusted:", *problems]))
-    print(f"{args.repository}: the code is this release's, and nothing else is wrong")
+    found = verification(args.repository, revision=args.revision)
+    lines = found.problems[:MAX_PROBLEMS]
+    if found.problems:
+        lines += [f"and {len(found.problems) - len(lines)} more"] * (len(lines) < len(found.problems))
+        sys.exit("\n  ".join([f"custom-ddpm: error: {shown(args.repository, 300)} is not to be trusted:", *lines]))
+    print("\n  ".join([f"{shown(args.repository, 300)}: nothing wrong was found. What was checked:", *found.checked]))
 
 
 def analytic_variance(args: argparse.Namespace) -> None:
@@ -197,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError, HubError) as error:
-        sys.exit(f"custom-ddpm: error: {error}")
+        sys.exit(f"custom-ddpm: error: {one_line(error)}")
 
 
 if __name__ == "__main__":
