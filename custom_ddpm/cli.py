@@ -6,7 +6,8 @@ Torch is imported by the commands, not for --help.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,24 @@ def _load(model: str) -> "CustomDDPMPipeline":
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return CustomDDPMPipeline.from_pretrained(model).to(device)
+
+
+@contextmanager
+def _sampling_errors(pipeline: "CustomDDPMPipeline", batch_size: int) -> Iterator[None]:
+    """Errors that are not of this package, as ValueError: no memory, and a sampler of diffusers that fails."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"out of memory with --batch_size {batch_size}; choose a smaller one") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # of torch's allocator for CPUs
+            raise ValueError(f"out of memory with --batch_size {batch_size}; choose a smaller one") from error
+        if not type(pipeline.scheduler).__module__.startswith("diffusers."):
+            raise
+        sampler = type(pipeline.scheduler).__name__
+        raise ValueError(f"diffusers' {sampler} fails with these settings: {one_line(error)}") from error
 
 
 def _new_folder(path: str) -> Path:
@@ -52,7 +71,8 @@ def sample(args: argparse.Namespace) -> None:
     if args.guidance_scale != 1.0:
         options["guidance_scale"] = args.guidance_scale
     seeds = range(args.seed, args.seed + args.num_images)
-    images = sample_images(pipeline, seeds, labels, batch_size=args.batch_size, **options)
+    with _sampling_errors(pipeline, args.batch_size):
+        images = sample_images(pipeline, seeds, labels, batch_size=args.batch_size, **options)
     folder.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(seeds, images, strict=True):
         pixels = image.permute(1, 2, 0).numpy()

@@ -257,6 +257,9 @@ def _judge_component(model: ModelFolder, name: str) -> None:
             scheduler = cls.from_config(settings)
             stock = cls is DDPMScheduler
             model.scheduler = CustomDDPMScheduler.from_config(scheduler.config) if stock else scheduler
+            betas = getattr(model.scheduler, "betas", None)
+            if isinstance(betas, torch.Tensor) and not ((betas >= 0) & (betas <= 1)).all():
+                raise ValueError(f"its betas run from {betas.min():g} to {betas.max():g}; each must be in [0, 1]")
     except Exception as error:
         # Settings that pass the checks above but do not go together end in any exception of diffusers' constructors.
         model.problems.append(f"{file} describes no {cls.__name__}: {one_line(error)}"[:290])

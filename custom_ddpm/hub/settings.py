@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import re
 import types
 import typing
@@ -23,6 +22,8 @@ MAX_PARAMETERS = 5e10
 MAX_LEVELS = 32
 MAX_BLOCKS = 2000  # residual blocks of a U-Net
 MAX_NUMBER = 1_000_000  # whole number of any other setting; numbers in a list
+MAX_WHOLE = 2**53  # whole numbers in place of fractions: those that are exact as such
+MAX_REAL = 1e38  # fractions: what float32 can hold
 MAX_VALUES = {  # the largest value of a setting of the U-Net; for a list, of each of its items
     "sample_size": 8192,
     "in_channels": 4096,
@@ -183,7 +184,7 @@ def _parameters(cls: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a type as annotated in a constructor; numbers must be finite and not too large."""
+    """Whether a value from JSON is of a type as annotated in a constructor; numbers must be finite and in range."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in arguments)
@@ -208,7 +209,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= (MAX_WHOLE if isinstance(value, int) else MAX_REAL)
 
 
 def _hint_text(hint: Any) -> str:

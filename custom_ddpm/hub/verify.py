@@ -1,7 +1,7 @@
 """Verification of a model repository before its code is run with `trust_remote_code=True`.
 
-Names and code files are checked here, the model itself by `folder.judge_model`; nothing is run or unpickled. A push makes
-the same checks.
+Names and code files are checked here, the model itself by `folder.judge_model`; nothing is run or unpickled. A push
+makes the same checks.
 """
 
 import inspect
