@@ -3,7 +3,7 @@
 import re
 import reprlib
 
-MAX_LINE = 2000  # characters of an error
+MAX_LINE = 1000  # characters of an error
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 

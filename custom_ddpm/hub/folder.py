@@ -111,11 +111,12 @@ def open_model(
     Raises:
         ModelError: it is not there, or something is wrong with it.
     """
-    text = shown(os.fspath(source), 300)
+    text, is_folder = shown(os.fspath(source), 300) or "''", False
     try:
-        if Path(source).is_dir():
+        is_folder = os.fspath(source) != "" and Path(source).is_dir()
+        if is_folder:
             model = judge_model(Path(source), local_sizes(Path(source)), skip, variant)
-        elif Path(source).exists():
+        elif os.fspath(source) != "" and Path(source).exists():
             raise ModelError(f"{text} is not a folder, so it holds no pipeline")
         else:
             validate_repo_id(str(source))
@@ -127,8 +128,8 @@ def open_model(
     except ValueError as error:  # by `validate_repo_id`, or a NUL in the path
         raise ModelError(f"{text} is neither a folder nor the name of a repository (user/model)") from error
     except NETWORK_ERRORS as error:
-        reason = one_line(error) if Path(source).is_dir() else failure_reason(error)
-        raise ModelError(f"{text} cannot be read: {reason}") from error
+        reason = one_line(error) if is_folder else failure_reason(error)
+        raise ModelError(f"{text} cannot be read: {shown(reason, 500)}") from error
     if model.problems:
         raise ModelError(f"{text} cannot be loaded: {'; '.join(model.problems[:3])}")
     model.source = os.fspath(source)

@@ -142,7 +142,8 @@ def config_problem(place: str, config: Mapping[str, Any], cls: type) -> str | No
         problem = size_problem(key, value)
         if problem is None and key in parameters:
             default, hint = parameters[key]
-            if not (value == default or _fits(value, hint)):
+            same = value == default and isinstance(value, bool) == isinstance(default, bool)  # True == 1
+            if not (same or _fits(value, hint)):
                 problem = f"{key} is {shown_value(value)}; it must be {_hint_text(hint)}"
         elif problem is None and not _is_harmless(key, value):
             problem = f"{shown(key)} is {shown_value(value)}, which is no setting of {cls.__name__}"
