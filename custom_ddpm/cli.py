@@ -6,14 +6,18 @@ Torch is imported by the commands, not for --help.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .messages import one_line, shown
 
 if TYPE_CHECKING:
     from .pipelines import CustomDDPMPipeline
+
+MAX_PROBLEMS = 50  # lines that `verify` prints
 
 
 def _load(model: str) -> "CustomDDPMPipeline":
@@ -23,6 +27,24 @@ def _load(model: str) -> "CustomDDPMPipeline":
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return CustomDDPMPipeline.from_pretrained(model).to(device)
+
+
+@contextmanager
+def _sampling_errors(pipeline: "CustomDDPMPipeline", batch_size: int) -> Iterator[None]:
+    """Errors that are not of this package, as ValueError: no memory, and a sampler of diffusers that fails."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"out of memory with --batch_size {batch_size}; choose a smaller one") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # of torch's allocator for CPUs
+            raise ValueError(f"out of memory with --batch_size {batch_size}; choose a smaller one") from error
+        if not type(pipeline.scheduler).__module__.startswith("diffusers."):
+            raise
+        sampler = type(pipeline.scheduler).__name__
+        raise ValueError(f"diffusers' {sampler} fails with these settings: {one_line(error)}") from error
 
 
 def _new_folder(path: str) -> Path:
@@ -52,7 +74,8 @@ def sample(args: argparse.Namespace) -> None:
     if args.guidance_scale != 1.0:
         options["guidance_scale"] = args.guidance_scale
     seeds = range(args.seed, args.seed + args.num_images)
-    images = sample_images(pipeline, seeds, labels, batch_size=args.batch_size, **options)
+    with _sampling_errors(pipeline, args.batch_size):
+        images = sample_images(pipeline, seeds, labels, batch_size=args.batch_size, **options)
     folder.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(seeds, images, strict=True):
         pixels = image.permute(1, 2, 0).numpy()
@@ -83,13 +106,15 @@ def push(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Check whether the code in a repository is that of this release, and whether anything else makes it unsafe."""
-    from .hub.verify import verify_repository
+    """Check the code, the configuration and the weights of a repository, without running or unpickling anything."""
+    from .hub.verify import verification
 
-    problems = verify_repository(args.repository, revision=args.revision)
-    if problems:
-        raise ValueError("\n  ".join([f"{args.repository} is not to be trusted:", *problems]))
-    print(f"{args.repository}: the code is this release's, and nothing else is wrong")
+    found = verification(args.repository, revision=args.revision)
+    lines = found.problems[:MAX_PROBLEMS]
+    if found.problems:
+        lines += [f"and {len(found.problems) - len(lines)} more"] * (len(lines) < len(found.problems))
+        sys.exit("\n  ".join([f"custom-ddpm: error: {shown(args.repository, 300)} is not to be trusted:", *lines]))
+    print("\n  ".join([f"{shown(args.repository, 300)}: nothing wrong was found. What was checked:", *found.checked]))
 
 
 def analytic_variance(args: argparse.Namespace) -> None:
@@ -202,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError, HubError) as error:
-        sys.exit(f"custom-ddpm: error: {error}")
+        sys.exit(f"custom-ddpm: error: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     ImagePipelineOutput,
-    UNet2DModel,
 )
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
@@ -411,52 +410,36 @@ class CustomDDPMPipeline(DiffusionPipeline):
         """Load with the classes of the installed package; no code of the repository is executed.
 
         Accepts a folder or a Hub repository saved by this pipeline or by diffusers' `DDPMPipeline`, whose `UNet2DModel`
-        and `DDPMScheduler` are converted to `CustomUNet2DModel` and `CustomDDPMScheduler`.
+        and `DDPMScheduler` are converted to `CustomUNet2DModel` and `CustomDDPMScheduler`. It is read and judged before
+        anything is built: from the Hub, the weights are downloaded last.
 
         Args:
             pretrained_model_name_or_path: folder or "user/model".
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`; `torch_dtype`,
-                `variant`, `device_map` and other arguments of `ModelMixin.from_pretrained`; `unet`, `scheduler`,
-                `id2label` to replace the saved ones.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `torch_dtype`, `variant`,
+                `device_map` and other arguments of `ModelMixin.from_pretrained`; `unet`, `scheduler`, `id2label` to
+                replace the saved ones.
 
         Raises:
-            OSError: the repository does not exist, or has no safetensors weights.
-            ValueError: a component is neither of this package nor of diffusers; `custom_pipeline` or
-                `trust_remote_code` is given.
+            custom_ddpm.hub.ModelError: (an OSError and a ValueError) there is no such folder or repository; a component
+                is neither of this package nor of diffusers; a file is missing, malformed or of implausible size; the
+                weights are not in safetensors or do not fit the configuration. The message names the file.
+            ValueError: `custom_pipeline` or `trust_remote_code` is given.
         """
         for name in ("custom_pipeline", "trust_remote_code"):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} runs code of the repository; use DiffusionPipeline.from_pretrained for that")
         parts = {name: kwargs.pop(name) for name in ("unet", "scheduler", "id2label") if name in kwargs}
-        hub = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+        hub = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         hub_options = {name: kwargs.pop(name) for name in hub if name in kwargs}
-        index = cls.load_config(pretrained_model_name_or_path, **hub_options)
-        parts.setdefault("id2label", index.get("id2label"))
-
-        if index["_class_name"] == "DDPMPipeline":
-            convert = importlib.import_module("custom_ddpm.hub.convert")
-            stock = convert.pipeline_from_diffusers(pretrained_model_name_or_path, **hub_options, **kwargs)
-            return cls(**{"unet": stock.unet, "scheduler": stock.scheduler, **parts})
+        models = importlib.import_module("custom_ddpm.hub.folder")
+        given = [name for name in ("unet", "scheduler") if name in parts]
+        model = models.open_model(
+            pretrained_model_name_or_path, skip=given, variant=kwargs.get("variant"), **hub_options
+        )
+        parts.setdefault("id2label", model.index.get("id2label"))
         if "unet" not in parts:
-            custom = importlib.import_module("custom_ddpm.unet").CustomUNet2DModel
-            if index["unet"][1] not in (custom.__name__, UNet2DModel.__name__):
-                raise ValueError(f"unet is a {index['unet'][1]}; it must be a {custom.__name__} or a UNet2DModel")
-            unet_class = custom if index["unet"][1] == custom.__name__ else UNet2DModel
-            unet = unet_class.from_pretrained(
-                pretrained_model_name_or_path, subfolder="unet", use_safetensors=True, **hub_options, **kwargs
-            )
-            parts["unet"] = unet if unet_class is custom else custom.from_diffusers(unet)
-        if "scheduler" not in parts:
-            library, name = index["scheduler"]
-            custom = importlib.import_module("custom_ddpm.scheduler").CustomDDPMScheduler
-            scheduler_class = custom
-            if library == "diffusers" and name != DDPMScheduler.__name__:
-                scheduler_class = getattr(importlib.import_module("diffusers"), name)
-            elif name not in (custom.__name__, DDPMScheduler.__name__):
-                raise ValueError(f"scheduler is a {name}; it must be a {custom.__name__} or one of diffusers")
-            parts["scheduler"] = scheduler_class.from_pretrained(
-                pretrained_model_name_or_path, subfolder="scheduler", **hub_options
-            )
+            parts["unet"] = models.load_unet(model, **kwargs)
+        parts.setdefault("scheduler", model.scheduler)
         return cls(**parts)
 
 

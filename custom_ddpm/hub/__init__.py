@@ -8,12 +8,14 @@ from .convert import (
     scheduler_to_diffusers,
 )
 from .errors import HubError
+from .folder import ModelError
 from .push import BackgroundPush, push_pipeline
 from .verify import release_code, verify_repository
 
 __all__ = [
     "BackgroundPush",
     "HubError",
+    "ModelError",
     "pipeline_from_diffusers",
     "pipeline_to_diffusers",
     "push_pipeline",

@@ -1,10 +1,13 @@
 """The model card: README.md of a saved pipeline, with the metadata that the Hub reads."""
 
+import contextlib
+import getpass
 import importlib.metadata
 import json
 import math
 import platform
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from .._version import __version__
+from ..messages import in_markdown, shown
 
 TASK = "unconditional-image-generation"
 STOCK_BRANCH = "diffusers"
@@ -21,6 +25,7 @@ LIBRARIES = ("torch", "diffusers", "accelerate", "datasets")
 # Placeholders for what is known only at the push: the repository's name, and whether it has the stock branch. Cards
 # that are on disk already hold these texts, so they must not change.
 PLACE = "path/to/this/folder"
+MAX_NAMES = 1000  # classes that are listed
 STOCK_PLACE = "<!-- the push tells here of the branch `diffusers` -->"
 
 
@@ -108,7 +113,7 @@ def _metadata(
         tags=["ddpm", "custom-ddpm", *(["class-conditional"] if _by_class(model) else [])],
         datasets=dataset_id and [dataset_id],
         base_model=base_model,
-        model_name=folder.resolve().name,
+        model_name=_last_name(str(folder)),
         eval_results=results or None,
     )
 
@@ -122,8 +127,9 @@ def _introduction(folder: Path, model: Mapping[str, Any], noise: Mapping[str, An
         f"# DDPM of {kind} pictures, {size}",
         f"A denoising diffusion probabilistic model ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) of {kind} "
         f"pictures, {size} pixels{', conditioned on the class' if _by_class(model) else ''}. Its U-Net has "
-        f"{_count_parameters(folder / 'unet'):,} parameters and predicts {noise['prediction_type']}; noise is added in "
-        f"{noise['num_train_timesteps']} steps with the {noise['beta_schedule']} schedule.",
+        f"{_count_parameters(folder / 'unet'):,} parameters and predicts "
+        f"{in_markdown(str(noise.get('prediction_type', 'epsilon')))}; noise is added in "
+        f"{noise['num_train_timesteps']} steps with the {in_markdown(str(noise.get('beta_schedule')))} schedule.",
         (folder / "samples.png").is_file() and "![Samples](samples.png)",
     ]
 
@@ -142,10 +148,11 @@ def _loading(model: Mapping[str, Any], names: Mapping[str, str]) -> list[Any]:
 
 def _training_data(names: Mapping[str, str], facts: Mapping[str, Any]) -> list[Any]:
     dataset, _ = _public_name(facts.get("dataset"))
-    classes = ", ".join(f"{label} ({text})" for label, text in names.items())
+    classes = ", ".join(f"{label} ({in_markdown(text)})" for label, text in list(names.items())[:MAX_NAMES])
+    classes += f" and {len(names) - MAX_NAMES:,} more" * (len(names) > MAX_NAMES)
     return [
         "## Training data",
-        f"`{dataset}`." if dataset else "Not recorded.",
+        f"`{shown(dataset).replace('`', chr(39))}`." if dataset else "Not recorded.",
         facts.get("num_images") and f"{facts['num_images']:,} pictures.",
         classes and f"Classes: {classes}.",
     ]
@@ -156,7 +163,7 @@ def _training(folder: Path, facts: Mapping[str, Any]) -> list[Any]:
     return [
         "## Training",
         facts.get("steps") and f"{facts['steps']:,} optimiser steps.",
-        recipe and f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
+        recipe and _fenced("yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)),
         (folder / "loss_curve.png").is_file() and "![Loss over the training](loss_curve.png)",
     ]
 
@@ -184,13 +191,13 @@ def _limits(model: Mapping[str, Any], license: str | None) -> list[Any]:
 
 
 def _versions(facts: Mapping[str, Any]) -> list[Any]:
-    command = re.sub(rf"{re.escape(str(Path.home()))}(?=/)", "~", facts.get("command", ""))
+    command = _public_command(facts.get("command", ""))
     versions = [
         f"custom-ddpm {__version__}",
         *(f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES),
         f"Python {platform.python_version()}",
     ]
-    return ["## How it was made", command and f"```bash\n{command}\n```", f"{', '.join(versions)}."]
+    return ["## How it was made", command and _fenced("bash", f"{command}\n"), f"{', '.join(versions)}."]
 
 
 def _by_class(model: Mapping[str, Any]) -> bool:
@@ -217,14 +224,64 @@ def _public_name(name: str | None) -> tuple[str | None, str | None]:
         return None, None
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists():
         return name, name
-    return Path(name).name, None
+    return _last_name(name), None
 
 
 def _is_public(setting: str, value: Any) -> bool:
     """Whether a training setting goes on the card: not if it is unset, a path, or about output folders or the Hub."""
     place = setting.endswith(("_dir", "_from_checkpoint")) or "hub" in setting
-    path = isinstance(value, str) and "/" in value and Path(value).exists()
+    path = isinstance(value, str) and "/" in value and (Path(value).exists() or value.startswith(("/", "~", ".")))
     return not place and not path and value not in (None, [])
+
+
+def _user_names() -> set[str]:
+    """What this machine calls its user."""
+    names = {Path.home().name}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a user without a name, as in some containers
+        names.add(getpass.getuser())
+    return names - {""}
+
+
+def _last_name(path: str) -> str:
+    """The name of a local file or folder without its path; not that of the user's own folder."""
+    name = Path(path).name or Path(path).resolve().name
+    return "local" if name in _user_names() or name.startswith("~") else name
+
+
+def _public_path(path: str) -> str:
+    """A path without what it tells of this machine; other text unchanged.
+
+    The home folder is written as ~, other absolute paths as their last name, and a folder with the user's name as
+    "user".
+    """
+    home = str(Path.home())
+    if path.startswith("//") or not (path.startswith(("/", "~", ".")) or ("/" in path and Path(path).exists())):
+        return path  # an address, a dataset's name, a number
+    if path == home or path.startswith(f"{home}/"):
+        path = "~" + path[len(home) :]
+    elif path.startswith("/"):
+        path = f"/path/to/{Path(path).name}"
+    elif path.startswith("~"):
+        path = "/".join(["~", *path.split("/")[1:]])
+    return "/".join("user" if part in _user_names() else part for part in path.split("/"))
+
+
+def _public_command(command: str) -> str:
+    """A command line with `_public_path` in place of its paths, alone or after "=", ":" or "," in an argument."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    words = ["".join(map(_public_path, re.split(r"([=:,])", word))) for word in words]
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./~-]+", word) else shlex.quote(word) for word in words)
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code that the text in it cannot end: its fence is longer than any row of backticks in it."""
+    longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    lines = (shown(line, 2000) for line in text.splitlines())
+    return "\n".join([f"{fence}{language}", *lines, fence])
 
 
 def _count_parameters(folder: Path) -> int:

@@ -59,16 +59,16 @@ def pipeline_from_diffusers(source: str | os.PathLike | DDPMPipeline, **hub_opti
         source: a folder, a Hub repository such as "google/ddpm-cifar10-32", or the pipeline itself (its tensors are
             copied).
         **hub_options: `revision`, `token`, `cache_dir`, `variant`, `torch_dtype` and other arguments of
-            `DiffusionPipeline.from_pretrained`.
+            `CustomDDPMPipeline.from_pretrained`, which reads the saved one.
 
     Raises:
-        OSError: there is no pipeline, or it has no safetensors weights; pickles are not read.
-        TypeError: its network is not a `UNet2DModel`.
+        ModelError: (an OSError and a ValueError) there is no pipeline, or something is wrong with its files.
+        TypeError: the network of a pipeline in memory is not a `UNet2DModel`.
         ValueError: a setting that the custom classes do not have; the message names it.
     """
-    stock: Any = source
     if not isinstance(source, DDPMPipeline):
-        stock = DDPMPipeline.from_pretrained(os.fspath(source), use_safetensors=True, **hub_options)
+        return CustomDDPMPipeline.from_pretrained(source, **hub_options)
+    stock: Any = source
     scheduler = stock.scheduler
     if isinstance(scheduler, DDPMScheduler):
         scheduler = scheduler_from_diffusers(scheduler)

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one only since Python 3.11
 from pathlib import Path, PurePosixPath
@@ -21,12 +21,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from .._version import __version__
-from ..messages import one_line
+from ..messages import one_line, shown
 from ..pipelines import CustomDDPMPipeline
 from .card import STOCK_BRANCH, complete_card, write_model_card
 from .convert import pipeline_to_diffusers
 from .errors import NETWORK_ERRORS, HubError, failure_reason
-from .verify import find_problems
+from .settings import MAX_READ
+from .verify import check_files
 
 logger = logging.getLogger(__name__)
 
@@ -179,15 +180,14 @@ def _prepare(
     folder = Path(folder)
     validate_repo_id(repo_id)
     token = _resolve_token(token)
-    names = {path.relative_to(folder).as_posix() for pattern in PIPELINE_FILES for path in folder.glob(pattern)}
-    files = {name: folder / name for name in sorted(names) if (folder / name).is_file()}
-    _check(files, folder, token)
-
+    files = _pipeline_files(folder)
     copy = tempfile.TemporaryDirectory(prefix="push-")
     main, stock = Path(copy.name) / "main", Path(copy.name) / "stock"
+    main.mkdir()
     for name, path in files.items():
         (main / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, main / name)
+    _check(main, folder, token)
     if "README.md" not in files:
         write_model_card(main, {})
     # Not in the thread: while diffusers loads a model, modules that other threads create get no weights.
@@ -214,16 +214,45 @@ def _prepare(
     return push
 
 
-def _check(files: Mapping[str, Path], folder: Path, token: str) -> None:
-    """Raise ValueError if the files are not a complete pipeline that is safe to publish."""
-    problems = find_problems({name: path.stat().st_size for name, path in files.items()}, folder)
-    if not any(name.endswith(".safetensors") for name in files):
-        problems.append("there are no safetensors weights in unet/")
-    for name, path in files.items():
+def _pipeline_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that a push sends: name -> path.
+
+    Raises:
+        ValueError: one of them is no regular file, is too large, or is a link to a file outside the folder: what is
+            there is the user's own, and a push would publish it.
+    """
+    real = folder.resolve()
+    # A snapshot in the Hub's cache consists of links to the blobs next to it.
+    allowed = real.parent.parent if real.parent.name == "snapshots" else real
+    names = {path.relative_to(folder).as_posix() for pattern in PIPELINE_FILES for path in folder.glob(pattern)}
+    problems = []
+    for name in sorted(names):
+        path = folder / name
+        if not path.resolve().is_relative_to(allowed):
+            problems.append(f"{shown(name)} is a link that points outside the folder")
+        elif not path.is_file():
+            problems.append(f"{shown(name)} is not a regular file")
+        elif path.stat().st_size > MAX_READ and not name.endswith(".safetensors"):
+            problems.append(f"{shown(name)} has {path.stat().st_size} bytes; at most {MAX_READ} are allowed")
+    if problems:
+        raise ValueError(_refusal(folder, problems))
+    return {name: folder / name for name in sorted(names)}
+
+
+def _check(copy: Path, folder: Path, token: str) -> None:
+    """Raise ValueError if the files that were copied from `folder` are not a complete pipeline, safe to publish."""
+    paths = {path.relative_to(copy).as_posix(): path for path in sorted(copy.rglob("*")) if path.is_file()}
+    problems = check_files({name: path.stat().st_size for name, path in paths.items()}, copy).problems
+    for name, path in paths.items():
         if token and name.endswith((".py", ".json", ".md")) and token.encode() in path.read_bytes():
             problems.append(f"{name} contains the token")
     if problems:
-        raise ValueError(f"{folder} cannot be pushed: {'; '.join(problems)}")
+        raise ValueError(_refusal(folder, problems))
+
+
+def _refusal(folder: Path, problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return f"{folder} cannot be pushed: {'; '.join(problems[:5])}{more}"
 
 
 def _resolve_token(token: str | None) -> str:

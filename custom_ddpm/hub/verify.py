@@ -1,40 +1,42 @@
 """Verification of a model repository before its code is run with `trust_remote_code=True`.
 
-Names, code files and configs are checked without running or unpickling anything. A push makes the same checks.
+Names and code files are checked here, the model itself by `folder.judge_model`; nothing is run or unpickled. A push
+makes the same checks.
 """
 
 import inspect
-import json
+import os
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import diffusers
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from .. import pipelines, scheduler, schedules, unet
 from .._version import __version__
-from ..messages import one_line
+from ..messages import one_line, shown, shown_value
 from .errors import NETWORK_ERRORS, HubError, failure_reason
+from .folder import ModelFolder, judge_model
+from .settings import MAX_READ, read_json, size_problem
 
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 CODE = (".dll", ".dylib", ".ipynb", ".py", ".pyc", ".pyd", ".sh", ".so")
-MAX_READ = 32 * 2**20  # bytes
-MAX_PARAMETERS = 5e10
-MAX_VALUES = {  # the largest value of a config entry; for a list, of each of its items
-    "sample_size": 8192,
-    "in_channels": 4096,
-    "out_channels": 4096,
-    "block_out_channels": 65536,
-    "layers_per_block": 256,
-    "attention_head_dim": 65536,
-    "norm_num_groups": 65536,
-    "num_class_embeds": 10_000_000,
-    "num_train_timesteps": 1_000_000,
-}
-MAX_LEVELS = 32
+
+
+@dataclass
+class Verification:
+    """What was found in a repository or folder.
+
+    Args:
+        problems: one line each, beginning with the file's name; empty if there are none.
+        checked: what was checked, one line each: the code, the configurations, the weights.
+    """
+
+    problems: list[str]
+    checked: list[str]
 
 
 def release_code() -> dict[str, Path]:
@@ -48,11 +50,13 @@ def release_code() -> dict[str, Path]:
 
 
 def verify_repository(repo_or_folder: str | Path, revision: str | None = None, token: str | None = None) -> list[str]:
-    """Find what makes a repository unsafe to load with `trust_remote_code=True`.
+    """Find what makes a repository unsafe to load with `trust_remote_code=True`, or impossible to load.
 
     Reported are: code that differs from this release's file by a single byte or is not part of the release; pickles;
-    names and links that point outside the repository; a model_index.json that names other classes; configs with
-    implausible sizes. Nothing is run or unpickled, and from the Hub only the code and JSON files are downloaded.
+    names and links that point outside the repository; what is no regular file; a model_index.json that names other
+    classes or lacks one; configurations that are malformed or of implausible sizes; weights that are missing or do not
+    fit the configuration. Nothing is run or unpickled. From the Hub only the code and JSON files are downloaded, so of
+    the weights only names and sizes are checked.
 
     Args:
         repo_or_folder: a folder, or "user/model" on the Hub.
@@ -60,14 +64,22 @@ def verify_repository(repo_or_folder: str | Path, revision: str | None = None, t
         token: access token; None uses the one logged in with.
 
     Returns:
-        The problems, one line each; empty if there are none.
+        The problems, one line each; empty if there are none. `verification` also tells what was checked.
 
     Raises:
         ValueError: neither a folder nor a valid repository name.
         HubError: the Hub or the connection to it failed.
     """
+    return verification(repo_or_folder, revision, token).problems
+
+
+def verification(repo_or_folder: str | Path, revision: str | None = None, token: str | None = None) -> Verification:
+    """`verify_repository`, with what was checked."""
     if Path(repo_or_folder).is_dir():
-        return _folder_problems(Path(repo_or_folder).resolve())
+        folder = Path(repo_or_folder).resolve()
+        sizes, problems = _folder_files(folder)
+        found = check_files(sizes, folder)
+        return Verification(problems + found.problems, found.checked)
 
     repo_id = str(repo_or_folder)
     validate_repo_id(repo_id)
@@ -77,62 +89,88 @@ def verify_repository(repo_or_folder: str | Path, revision: str | None = None, t
             info = api.model_info(repo_id, revision=revision, files_metadata=True)
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
             for name in filter(_is_read, sizes):
-                if sizes[name] <= MAX_READ:
+                if (sizes[name] or 0) <= MAX_READ:
                     api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=downloaded)
         except NETWORK_ERRORS as error:
             raise HubError(f"{repo_id} could not be verified: {failure_reason(error)}") from error
-        return find_problems(sizes, Path(downloaded))
+        return check_files(sizes, Path(downloaded), weights_are_here=False)
 
 
-def find_problems(sizes: Mapping[str, int], folder: Path) -> list[str]:
-    """Find the problems of a pipeline's files, one line each.
+def check_files(sizes: Mapping[str, int | None], folder: Path, weights_are_here: bool = True) -> Verification:
+    """Check the files of a repository: names, code, JSON files, and the model.
 
     Args:
-        sizes: path in the repository -> size in bytes, of every file.
-        folder: holds the code and JSON files among them that are not larger than `MAX_READ`; the others may be absent.
+        sizes: path in the repository -> size in bytes, of every file; None for what is not a regular file.
+        folder: holds the code and JSON files among them that are not larger than `MAX_READ`.
+        weights_are_here: whether the folder holds the weights too.
     """
     problems = []
     code = release_code()
+    model = judge_model(folder, sizes, weights_are_here=weights_are_here)
     for name, size in sizes.items():
         suffix = PurePosixPath(name).suffix.lower()
         if _points_outside(name):
-            problems.append(f"{name!r} points outside the repository")
+            problems.append(f"{shown_value(name)} points outside the repository")
         elif suffix in PICKLES:
-            problems.append(f"{name} is a pickle, which can run code when it is loaded")
+            problems.append(f"{shown(name)} is a pickle, which can run code when it is loaded")
         elif suffix in CODE and name not in code:
-            problems.append(f"{name} is code that is not part of custom-ddpm {__version__}")
+            problems.append(f"{shown(name)} is code that is not part of custom-ddpm {__version__}")
+        elif name in model.judged or size is None:
+            continue  # told by the model's problems, or by `_folder_files`
         elif _is_read(name) and size > MAX_READ:
-            problems.append(f"{name} has {size} bytes; at most {MAX_READ} are allowed")
+            problems.append(f"{shown(name)} has {size} bytes; at most {MAX_READ} are allowed")
         elif suffix in CODE and (folder / name).read_bytes() != code[name].read_bytes():
             problems.append(
                 f"{name} differs from the file of custom-ddpm {__version__}, which "
                 "CustomDDPMPipeline.save_pretrained writes"
             )
         elif suffix == ".json":
-            try:
-                config = json.loads((folder / name).read_bytes())
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{name} is not JSON: {one_line(error)}")
-                continue
-            check = _index_problems if name == "model_index.json" else _config_problems
-            problems += [f"{name}: {problem}" for problem in check(config)]
-    if "model_index.json" not in sizes:
-        problems.append("model_index.json is missing, so this is not a pipeline")
-    return problems
+            problems += [f"{shown(name)}{problem}" for problem in _json_problems(folder / name)]
+    return Verification([*problems, *model.problems], _what_was_checked(model, weights_are_here))
 
 
-def _folder_problems(folder: Path) -> list[str]:
-    """The problems of a local folder, links that point outside it included."""
+def _what_was_checked(model: ModelFolder, weights_are_here: bool) -> list[str]:
+    code = [name for name in release_code() if name in model.sizes]
+    if code:
+        lines = [f"code: each of its {len(code)} files is this release's, custom-ddpm {__version__}, byte for byte"]
+    else:
+        lines = ["code: there is none"]
+    classes = [cls.__name__ for cls in model.classes.values()]
+    lines.append(f"configuration: it describes a {' and a '.join(classes)}, and names no other code")
+    if weights_are_here:
+        names = f"{len(model.weights)} safetensors file{'s' * (len(model.weights) != 1)}"
+        lines.append(f"weights: {names}, with the names, shapes and types of the configuration; not their values")
+    else:
+        lines.append("weights: in safetensors files, of a plausible size; they were not downloaded")
+    return [*lines, "other files: their names only"]
+
+
+def _folder_files(folder: Path) -> tuple[dict[str, int | None], list[str]]:
+    """Name -> size of each file in a local folder, and the problems with its links and special files."""
     # A snapshot in the Hub's cache consists of links to the blobs next to it.
     allowed = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    sizes, problems = {}, []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.resolve().is_relative_to(allowed):
-            problems.append(f"{name} is a link that points outside the folder")
-        elif path.is_file():
-            sizes[name] = path.stat().st_size
-    return problems + find_problems(sizes, folder)
+    sizes: dict[str, int | None] = {}
+    problems: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{shown(str(error.filename), 300)} cannot be read: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        folders.sort()
+        for path in sorted(Path(parent, entry) for entry in [*folders, *files]):
+            name = path.relative_to(folder).as_posix()
+            try:
+                inside, status = path.resolve(strict=True).is_relative_to(allowed), path.stat()
+            except (OSError, RuntimeError) as error:  # a broken link, or a loop of links
+                problems.append(f"{shown(name)} cannot be read: {one_line(error)}"[:290])
+                continue
+            if not inside:
+                problems.append(f"{shown(name)} is a link that points outside the folder")
+            elif stat.S_ISREG(status.st_mode):
+                sizes[name] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode):
+                problems.append(f"{shown(name)} is not a regular file")
+    return sizes, sorted(problems)
 
 
 def _is_read(name: str) -> bool:
@@ -144,49 +182,18 @@ def _points_outside(name: str) -> bool:
     return name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts
 
 
-def _index_problems(index: Any) -> Iterator[str]:
-    """Classes in model_index.json that are not allowed: diffusers would import other code for them."""
-    if not isinstance(index, dict):
-        yield "it is not a mapping"
-        return
-    own_classes = {
-        "unet": [unet.__name__.rpartition(".")[2], unet.CustomUNet2DModel.__name__],
-        "scheduler": [scheduler.__name__.rpartition(".")[2], scheduler.CustomDDPMScheduler.__name__],
-    }
-    for key, value in {"_class_name": None, **index}.items():
-        if key == "_class_name" and isinstance(value, str):
-            known = hasattr(diffusers, value)
-        elif key == "_class_name":
-            known = isinstance(value, list) and len(value) == 2 and f"{value[0]}.py" in release_code()
-        elif isinstance(value, list):
-            stock = len(value) == 2 and value[0] == "diffusers" and hasattr(diffusers, str(value[1]))
-            known = stock or value == own_classes.get(key)
-        else:
-            continue
-        if not known:
-            yield f"{key} is {value!r}, which is a class of neither custom-ddpm nor diffusers"
-
-
-def _config_problems(config: Any) -> Iterator[str]:
-    """Entries of a config file that load other code or other files, or give implausible sizes."""
+def _json_problems(path: Path) -> list[str]:
+    """Entries of a JSON file without a place in the pipeline that load other code or files, or give odd sizes."""
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        return [f" {error}"]
     if not isinstance(config, dict):
-        return
+        return []
     if "auto_map" in config:
-        yield "auto_map names code to load"
+        return [": auto_map names code to load"]
     shards = config.get("weight_map")
-    for shard in sorted({str(shard) for shard in shards.values()} if isinstance(shards, dict) else ()):
-        if _points_outside(shard):
-            yield f"weight_map points outside the repository, to {shard!r}"
-    for key, largest in MAX_VALUES.items():
-        values = config.get(key)
-        for value in values if isinstance(values, list) else [] if values is None else [values]:
-            if not (isinstance(value, int) and 0 < value <= largest):
-                yield f"{key} is {values!r}; it must be at least 1 and at most {largest}"[:200]
-                return
-    channels = config.get("block_out_channels")
-    channels = channels if isinstance(channels, list) else []
-    layers = config.get("layers_per_block")
-    # Two 3x3 convolutions in each residual block, in the encoder and in the decoder.
-    parameters = sum(4 * 9 * (layers if isinstance(layers, int) else 1) * width**2 for width in channels)
-    if len(channels) > MAX_LEVELS or parameters > MAX_PARAMETERS:
-        yield f"implausible size: layers_per_block {layers} with block_out_channels {channels!r}"[:200]
+    for shard in shards.values() if isinstance(shards, dict) else ():
+        if not isinstance(shard, str) or _points_outside(shard):
+            return [f": weight_map points outside the repository, to {shown_value(shard)}"]
+    return [f": {problem}" for key, values in config.items() if (problem := size_problem(key, values))][:1]

@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from ..config import TrainingConfig
+from ..messages import quoted, shown
 from .build import CONFIG_FILE, Resumed, Run, build_run
 from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
 from .ema import snapshot_file
@@ -217,9 +218,12 @@ def best_checkpoint(output_dir: Path, before: int) -> list[int]:
 def _final_message(run: Run) -> str:
     """The output files, and the code that loads the model."""
     output_dir, id2label = run.output_dir, run.data.id2label
-    call = 'pipeline(class_labels=["' + id2label[0] + '"])' if id2label else "pipeline()"
+    first = id2label and id2label[0]
+    label = quoted(first) if first and len(first) <= 100 else 0
+    call = f"pipeline(class_labels=[{label}])" if id2label else "pipeline()"
+    source = quoted(str(output_dir))
     return f"""
-Done. In {output_dir}:
+Done. In {shown(str(output_dir), 1000)}:
   samples.png             pictures drawn by the model
   loss_curve.png          the loss; loss_by_timestep.png: by noise level; metrics.jsonl: its numbers
   model_index.json, ...   the pipeline, with the averaged weights; README.md: its model card
@@ -228,10 +232,10 @@ Done. In {output_dir}:
 
 With this package:
   from custom_ddpm import CustomDDPMPipeline
-  pipeline = CustomDDPMPipeline.from_pretrained("{output_dir}")
+  pipeline = CustomDDPMPipeline.from_pretrained({source})
   {call}.images[0].save("picture.png")
 
 Without it, with diffusers alone:
   from diffusers import DiffusionPipeline
-  pipeline = DiffusionPipeline.from_pretrained("{output_dir}", trust_remote_code=True)
+  pipeline = DiffusionPipeline.from_pretrained({source}, trust_remote_code=True)
 """

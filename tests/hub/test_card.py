@@ -98,3 +98,40 @@ def test_card_of_class_conditional_model_lists_its_classes(hub, tmp_path):
     card = write_model_card(tmp_path, {})
     assert "0 (class 0), 1 (class 1)" in card.text and "class_labels=[0, 1, 0, 1]" in card.text
     assert "class-conditional" in card.data.tags and 'revision="diffusers"' not in card.text
+
+
+def test_names_of_classes_bring_no_markup(hub, tmp_path):
+    names = ["<script>x</script>", "[a](http://b.c)", "![i](j)", "a\n\n# b", "\x1b[31m", "`c`", "*d*", "e" * 10**6]
+    pipeline = make_pipeline(classes=len(names))
+    pipeline.register_to_config(id2label=dict(enumerate(names)))
+    pipeline.save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, {})
+    card.validate()
+    (line,) = [line for line in card.text.splitlines() if line.startswith("Classes: ")]
+    assert len(line) < 1000 and line.isprintable()
+    assert r"0 (\<script\>x\</script\>), 1 (\[a\](http\://b.c)), 2 (\!\[i\](j)), 3 (a\\n\\n\# b)" in line
+    assert r"5 (\`c\`), 6 (\*d\*), 7 (eee" in line
+
+
+def test_text_of_a_command_or_setting_does_not_end_its_block(run):
+    card = write_model_card(run, {"command": "train '```\n# heading\n```'", "recipe": {"note": "```\n# heading"}})
+    assert "````bash" in card.text and "````yaml" in card.text
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("train --cache_dir /home/someone", "train --cache_dir ~"),
+        ("train --cache_dir=/home/someone", "train --cache_dir=~"),
+        ("train --train_data_dir '/home/someone/my pictures'", "train --train_data_dir '~/my pictures'"),
+        ("train --train_data_dir '/data/a b/someone/pictures'", "train --train_data_dir /path/to/pictures"),
+        ("train --cache_dir /scratch/someone", "train --cache_dir /path/to/user"),
+        ("train --cache_dir ~someone/x ../someone/y", "train --cache_dir ~/x ../user/y"),
+        ("train --dataset_name user/digits --lr 0.5", "train --dataset_name user/digits --lr 0.5"),
+    ],
+)
+def test_paths_in_the_command_do_not_name_the_user(run, monkeypatch, given, shown):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("LOGNAME", "someone")
+    card = write_model_card(run, {"command": given, "dataset": "/home/someone", "recipe": {"x": "/home/someone/gone"}})
+    assert f"```bash\n{shown}\n```" in card.text and "someone" not in str(card)

@@ -53,7 +53,7 @@ TAMPERING = [
     (
         "model_index.json",
         b'{"_class_name": "DDPMPipeline", "unet": ["../x", "Y"]}',
-        "a class of neither",
+        "unet is ['../x', 'Y']; it must be a CustomUNet2DModel or a UNet2DModel",
     ),
     ("model_index.json", b'{"_class_name": "NoSuchPipeline"}', "a class of neither"),
     ("model_index.json", b"{}", "_class_name is None"),
@@ -94,7 +94,8 @@ def test_given_revision_is_the_one_verified(hub, run):
 
 def test_oversized_config_is_not_downloaded(hub, saved, monkeypatch):
     push_pipeline(saved, "user/model", token=hub.token, stock_branch=False)
-    monkeypatch.setattr("custom_ddpm.hub.verify.MAX_READ", 10)
+    for module in ("folder", "verify"):
+        monkeypatch.setattr(f"custom_ddpm.hub.{module}.MAX_READ", 10)
     hub.requests.clear()
     assert all("bytes; at most 10 are allowed" in problem for problem in verify_repository("user/model"))
     assert hub.asked("GET", "/resolve/") == []

@@ -1,5 +1,6 @@
 """custom_ddpm/training/run.py: chance, Algorithm 1 against a plain loop, resume to the bit, guard rails."""
 
+import ast
 import hashlib
 import itertools
 import json
@@ -962,3 +963,14 @@ def test_a_compiled_run_goes_on_uncompiled_and_the_other_way(tmp_path, monkeypat
                 torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
         assert CustomDDPMPipeline.from_pretrained(folder)
     assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("name", ['");import os;("', "\x1b[31mred", "back\\slash", "x" * 10**6, "数字"])
+def test_the_closing_words_print_python_that_means_the_names(name, tmp_path):
+    folder = tmp_path / 'a "quoted" folder'
+    ended = types.SimpleNamespace(output_dir=folder, data=types.SimpleNamespace(id2label={0: name}))
+    words = run_module._closing_words(ended)
+    assert len(words) < 2000 and all(line.isprintable() for line in words.splitlines())
+    lines = [line.strip() for line in words.splitlines() if line.strip().startswith("pipeline")]
+    texts = [node.value for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Constant)]
+    assert texts.count(str(folder)) == 2 and (name if len(name) < 100 else 0) in texts
