@@ -149,6 +149,7 @@ def _index_problems(index: Any) -> Iterator[str]:
     if not isinstance(index, dict):
         yield "it is not a mapping"
         return
+    yield from _auto_map_problems(index)
     own_classes = {
         "unet": [unet.__name__.rpartition(".")[2], unet.CustomUNet2DModel.__name__],
         "scheduler": [scheduler.__name__.rpartition(".")[2], scheduler.CustomDDPMScheduler.__name__],
@@ -167,12 +168,18 @@ def _index_problems(index: Any) -> Iterator[str]:
             yield f"{key} is {value!r}, which is a class of neither custom-ddpm nor diffusers"
 
 
+def _auto_map_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """An auto_map other than the one that `CustomDDPMPipeline.save_pretrained` writes."""
+    own = {"AutoModel": f"{unet.__name__.rpartition('.')[2]}.{unet.CustomUNet2DModel.__name__}"}
+    if config.get("auto_map", own) != own:
+        yield "auto_map names code to load"
+
+
 def _config_problems(config: Any) -> Iterator[str]:
     """Entries of a config file that load other code or other files, or give implausible sizes."""
     if not isinstance(config, dict):
         return
-    if "auto_map" in config:
-        yield "auto_map names code to load"
+    yield from _auto_map_problems(config)
     shards = config.get("weight_map")
     for shard in sorted({str(shard) for shard in shards.values()} if isinstance(shards, dict) else ()):
         if _points_outside(shard):
