@@ -180,11 +180,15 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
             self.register_to_config(trained_betas=betas.tolist())
         # Other schedulers have other defaults (β_T = 0.012, for example): their `from_config` must receive our values.
+        defaults = self.config.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[])
         if original_sample_variances is None:
             # Other schedulers warn of arguments that they do not know, so it is in the configuration only when used.
+            left_out = {"original_sample_variances"}
+            if {*defaults} <= left_out:  # a loaded configuration, which has every value
+                left_out.add("_use_default_values")
             self._internal_dict = FrozenDict(
-                {name: value for name, value in self.config.items() if name != "original_sample_variances"}
+                {name: value for name, value in self.config.items() if name not in left_out}
             )
 
         self.init_noise_sigma = 1.0
