@@ -151,10 +151,12 @@ def test_what_is_used_is_what_is_recorded(tmp_path):
 # ---- what cannot work ----
 
 
-def test_a_batch_of_more_pictures_than_there_are_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--train_batch_size is 5000; it must not be more than the 1797 pictures"):
-        run(tmp_path, train_batch_size=5000)
-    assert not (tmp_path / "metrics.jsonl").exists()
+@pytest.mark.parametrize("size", [2000, 1797])
+def test_a_batch_of_more_pictures_than_there_are_is_told(tmp_path, caplog, size):
+    with caplog.at_level(logging.WARNING, "custom_ddpm"):
+        run(tmp_path, train_batch_size=size, max_train_steps=1, lr_warmup_steps=0)
+    expected = "--train_batch_size is 2000 and there are 1797 pictures: every batch has pictures more than once"
+    assert [record.getMessage() for record in caplog.records] == ([expected] if size == 2000 else [])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup", "constant"])
