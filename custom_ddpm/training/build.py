@@ -93,8 +93,8 @@ def _max_train_steps(config: TrainingConfig, data: ImageData, global_batch: int,
     """Optimiser steps of the whole run: --max_train_steps, or what --num_epochs leaves to do at the present batch."""
     if data.num_images is not None and config.train_batch_size > data.num_images:
         logger.warning(
-            f"--train_batch_size is {config.train_batch_size} and there are {data.num_images} pictures: every batch has "
-            "pictures more than once"
+            f"--train_batch_size is {config.train_batch_size} and there are {data.num_images} pictures: every batch "
+            "has pictures more than once"
         )
     if config.max_train_steps is not None:
         return config.max_train_steps
