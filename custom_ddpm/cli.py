@@ -157,7 +157,7 @@ def analytic_variance(args: argparse.Namespace) -> None:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train a model on one process; for several use `accelerate launch -m custom_ddpm.train`."""
+    """Train a model on one process; for several use `accelerate launch --quiet -m custom_ddpm.train`."""
     from .train import main
 
     main(argv, prog="custom-ddpm train")

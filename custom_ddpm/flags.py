@@ -48,7 +48,7 @@ def _default_text(value: Any) -> str:
 
 def _program(prog: str) -> str:
     """How the program is started, without its launcher."""
-    return prog.removeprefix("accelerate launch ").removeprefix("-m ")
+    return prog.removeprefix("accelerate launch --quiet ").removeprefix("-m ")
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -138,7 +138,7 @@ def _yaml_value(spec: dataclasses.Field, value: Any) -> list[str]:
 
 
 def parse_config(
-    argv: Sequence[str], default_config: Path | None = None, prog: str = "accelerate launch train_ddpm.py"
+    argv: Sequence[str], default_config: Path | None = None, prog: str = "accelerate launch --quiet train_ddpm.py"
 ) -> TrainingConfig:
     """Command-line words to a `TrainingConfig`; exits with status 2 and one line when something is wrong.
 

@@ -5,6 +5,7 @@ first step, where ᾱ = 1 and the sample is x_0. This file imports only `schedul
 saved in every model repository.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,11 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+if __name__.startswith("diffusers_modules."):
+    # Run as remote code: diffusers copies the files of every model into one package, where Python would give the module
+    # schedules of the model loaded before.
+    sys.modules.pop(f"{__package__}.schedules", None)
 
 from .schedules import log_alphas_cumprod, make_betas, rescale_zero_terminal_snr
 
@@ -51,6 +57,11 @@ class CustomDDPMSchedulerOutput(BaseOutput):
 def _require(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _require_floating_point(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"samples are of dtype {dtype}; they must be floating point")
 
 
 def _check_arguments(config: Any) -> None:
@@ -110,7 +121,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         variance_type: σ² of the reverse step. "fixed_small": β̃ (R4). "fixed_large": β. The same two with "_log" are
             synonyms. "learned": the second half of the model's output channels. "learned_range": the second half
             interpolates between log β̃ and log β (Nichol & Dhariwal 2021, eq. 15). "zero": no noise. "analytic": the
-            optimal variance (Bao et al. 2022, arXiv:2201.06503), which needs `original_sample_variances`.
+            optimal variance (Bao et al. 2022, arXiv:2201.06503), which needs `original_sample_variances`. None, as in
+            configurations of schedulers without a variance: "fixed_small".
         clip_sample: whether to clip x̂_0 to ±`clip_sample_range`.
         prediction_type: what the model predicts: "epsilon" (T1), "sample" (x_0) or "v_prediction"
             (v = √ᾱ ε − √(1−ᾱ) x_0, Salimans & Ho 2022, arXiv:2202.00512).
@@ -148,7 +160,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
@@ -160,18 +172,25 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         rescale_betas_zero_snr: bool = False,
         original_sample_variances: list[float] | None = None,
     ):
+        if variance_type is None:
+            self.register_to_config(variance_type="fixed_small")
         _check_arguments(self.config)
-        betas = _make_betas(self.config)
+        with torch.device("cpu"):  # whatever the default device is
+            betas = _make_betas(self.config)
+            self._build_tables(rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas)
+            self._original_sample_variances = _make_original_sample_variances(self.config)
         if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
             self.register_to_config(trained_betas=betas.tolist())
         # Other schedulers have other defaults (β_T = 0.012, for example): their `from_config` must receive our values.
+        defaults = self.config.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[])
-        self._build_tables(rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas)
-        self._original_sample_variances = _make_original_sample_variances(self.config)
         if original_sample_variances is None:
             # Other schedulers warn of arguments that they do not know, so it is in the configuration only when used.
+            left_out = {"original_sample_variances"}
+            if {*defaults} <= left_out:  # a loaded configuration, which has every value
+                left_out.add("_use_default_values")
             self._internal_dict = FrozenDict(
-                {name: value for name, value in self.config.items() if name != "original_sample_variances"}
+                {name: value for name, value in self.config.items() if name not in left_out}
             )
 
         self.init_noise_sigma = 1.0
@@ -299,6 +318,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @staticmethod
     def _mix(dtype: torch.dtype, a: torch.Tensor, x: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """a·x + b·y in at least float32, returned in `dtype`."""
+        _require_floating_point(dtype)
         working = torch.promote_types(dtype, torch.float32)
         return torch.addcmul(a.to(working) * x, b.to(working), y.to(working)).to(dtype)
 
@@ -326,6 +346,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises:
             IndexError: a timestep is out of range (on CUDA: a device-side assertion).
+            TypeError: `original_samples` are not of a floating-point dtype.
         """
         log_t = self._log_alpha_bar(self._as_index(timesteps, original_samples), original_samples)
         log_s = self._log_alpha_bar(self._as_index(prev_timesteps, original_samples), original_samples)
@@ -400,6 +421,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         prediction_type = prediction_type or self.config.prediction_type
         _require("prediction_type", prediction_type, (*PREDICTION_TYPES, "score"))
         if prediction_type == "sample":
+            _require_floating_point(sample.dtype)
             return model_output.to(sample.dtype)
         log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
         root, beta_bar = (0.5 * log_t).exp(), -torch.expm1(log_t)
@@ -420,6 +442,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         prediction_type = prediction_type or self.config.prediction_type
         _require("prediction_type", prediction_type, (*PREDICTION_TYPES, "score"))
         if prediction_type == "epsilon":
+            _require_floating_point(sample.dtype)
             return model_output.to(sample.dtype)
         log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
         root, sigma = (0.5 * log_t).exp(), (-torch.expm1(log_t)).sqrt()

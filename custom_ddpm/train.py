@@ -1,4 +1,4 @@
-"""`accelerate launch -m custom_ddpm.train …`: train a model on one process or many.
+"""`accelerate launch --quiet -m custom_ddpm.train …`: train a model on one process or many.
 
 `train_ddpm.py` and `custom-ddpm train` call the same `main`. Torch is imported after the flags are parsed.
 """
@@ -14,7 +14,7 @@ from .flags import parse_config
 def main(
     argv: Sequence[str] | None = None,
     *,
-    prog: str = "accelerate launch -m custom_ddpm.train",
+    prog: str = "accelerate launch --quiet -m custom_ddpm.train",
     default_config: Path | None = None,
 ) -> None:
     """Parse the flags and train; ends with status 1 or 2 and one line of text when something is wrong.

@@ -10,6 +10,7 @@ This file imports nothing of the package: it is saved in every model repository.
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -104,14 +105,18 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float):
         super().__init__()
         head_dim = channels if head_dim is None else head_dim
-        if channels % head_dim:
-            raise ValueError(f"attention_head_dim {head_dim} must divide the {channels} channels of its block")
+        if head_dim > channels:
+            raise ValueError(
+                f"attention_head_dim {head_dim} must not be more than the {channels} channels of its block"
+            )
+        # As many whole heads as fit, as in diffusers: together they may be narrower than the block.
         self.heads = channels // head_dim
+        width = self.heads * head_dim
         self.group_norm = nn.GroupNorm(groups, channels, eps) if groups is not None else nn.Identity()
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = nn.Linear(channels, width)
+        self.to_k = nn.Linear(channels, width)
+        self.to_v = nn.Linear(channels, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, channels)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -304,6 +309,26 @@ def _build_up_blocks(config: Any, skip_channels: list[int]) -> nn.ModuleList:
     return blocks
 
 
+def _stock_only_settings() -> dict[str, Any]:
+    """Arguments of `UNet2DModel` that `CustomUNet2DModel` does not have, with the one value that is accepted."""
+    stock, ours = (inspect.signature(cls.__init__).parameters for cls in (UNet2DModel, CustomUNet2DModel))
+    return {name: argument.default for name, argument in stock.items() if name not in ours}
+
+
+def _refuse_other_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if there are settings of `UNet2DModel` that `CustomUNet2DModel` does not support."""
+    accepted = _stock_only_settings()
+    refused = [
+        f"{name}={value!r}"
+        for name, value in settings.items()
+        # num_train_timesteps only sets the size of a learned time embedding, which is refused by its own name.
+        if (name in accepted and name != "num_train_timesteps" and value != accepted[name])
+        or (name in BLOCK_TYPES and not {*value} <= {*BLOCK_TYPES[name]})
+    ]
+    if refused:
+        raise ValueError(f"CustomUNet2DModel cannot express these settings of UNet2DModel: {', '.join(refused)}")
+
+
 def _convert(cls: Any, model: Any) -> Any:
     """A model of class `cls` with the configuration, the tensors (copied) and the mode of `model`."""
     with torch.device("meta"):  # the initial weights are replaced: do not allocate or draw them
@@ -338,14 +363,18 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: "default" or "scale_shift", see `ResidualBlock`.
         add_attention: whether the middle block has self-attention.
         num_class_embeds: number of class embeddings for class-conditional prediction; None for an unconditional model.
+        **kwargs: the other arguments of `UNet2DModel`, such as `act_fn`, at their defaults only.
 
     Raises:
-        ValueError: an argument is out of range, or arguments do not match each other.
+        TypeError: an argument that `UNet2DModel` does not have either.
+        ValueError: an argument is out of range, arguments do not match each other, or one of `UNet2DModel` has another
+            value than its default.
     """
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
     _no_split_modules = ["DownBlock", "MidBlock", "UpBlock"]  # the units of FSDP and `device_map`
+    ignore_for_config = ["kwargs"]
     config: Any
 
     @register_to_config
@@ -370,8 +399,12 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: str = "default",
         add_attention: bool = True,
         num_class_embeds: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__()
+        for name in kwargs.keys() - _stock_only_settings():
+            raise TypeError(f"CustomUNet2DModel.__init__() got an unexpected keyword argument {name!r}")
+        _refuse_other_settings(kwargs)
         _check_arguments(self.config)
         channels, embedding_dim = block_out_channels[0], 4 * block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -385,27 +418,33 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         self._init_weights()
 
     @classmethod
-    def from_config(  # type: ignore[override]
-        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Build a model from a configuration of this class or of `UNet2DModel`; arguments as in diffusers.
+
+        Args:
+            config: the configuration, or the folder or Hub repository that holds it as config.json.
+            return_unused_kwargs: whether to return (model, entries that are no arguments of the model).
+            **kwargs: replace entries; for a folder or repository also `subfolder`, `revision`, `token`, ...
 
         Raises:
             ValueError: settings of `UNet2DModel` that this class does not support; the message lists all of them.
         """
-        stock, ours = (inspect.signature(init).parameters for init in (UNet2DModel.__init__, cls.__init__))
-        foreign = {name: argument.default for name, argument in stock.items() if name not in ours}
-        refused = [
-            f"{name}={value!r}"
-            for name, value in {**config, **kwargs}.items()
-            # num_train_timesteps only sets the size of a learned time embedding, which is refused by its own name.
-            if (name in foreign and name != "num_train_timesteps" and value != foreign[name])
-            or (name in BLOCK_TYPES and not {*value} <= {*BLOCK_TYPES[name]})
-        ]
-        if refused:
-            raise ValueError(f"{cls.__name__} cannot express these settings of UNet2DModel: {', '.join(refused)}")
+        config = kwargs.pop("pretrained_model_name_or_path", config)
+        if isinstance(config, str | os.PathLike):
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
+        if config is None:
+            raise ValueError("from_config needs a configuration as its first argument")
+        _refuse_other_settings({**config, **kwargs})
         # With _use_default_values, values left at UNet2DModel's defaults would be replaced by this class's defaults.
-        config = {name: config[name] for name in config if name not in foreign and name != "_use_default_values"}
+        # auto_map names the file that holds this class in a saved model; it is written again when the model is saved.
+        left_out = {*_stock_only_settings(), "_use_default_values", "auto_map"}
+        config = {name: value for name, value in config.items() if name not in left_out}
+        kwargs = {name: value for name, value in kwargs.items() if name not in left_out}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod

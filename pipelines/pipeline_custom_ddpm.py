@@ -24,6 +24,8 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
 )
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
@@ -40,6 +42,12 @@ _STEP_BY_RATIO = (
     "PNDMScheduler",
     "CogVideoXDDIMScheduler",
 )
+LOADING_OPTIONS = (
+    "unet scheduler id2label custom_pipeline trust_remote_code "
+    "revision token cache_dir local_files_only force_download "
+    "torch_dtype dtype variant use_safetensors output_loading_info device_map max_memory offload_folder "
+    "offload_state_dict low_cpu_mem_usage ignore_mismatched_sizes disable_mmap quantization_config parallel_config"
+).split()
 
 
 class CustomDDPMPipeline(DiffusionPipeline):
@@ -56,7 +64,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: Any, scheduler: Any, id2label: dict | None = None):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
@@ -400,13 +408,38 @@ class CustomDDPMPipeline(DiffusionPipeline):
         for name, component in self.components.items():
             if not type(component).__module__.startswith("diffusers."):
                 index[name] = _copy_code(type(component), folder / name)
+        if not type(self.unet).__module__.startswith("diffusers."):
+            # Where AutoModel.from_pretrained(..., trust_remote_code=True) looks for the class: in the index if it is
+            # given a subfolder, otherwise in the configuration.
+            index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
+            config_file = folder / "unet" / self.unet.config_name
+            config = json.loads(config_file.read_text()) | {"auto_map": index["auto_map"]}
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             push_options.setdefault("repo_id", folder.resolve().name)
             self.push_to_hub(**push_options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CustomDDPMPipeline":
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As in diffusers, without the entry for `AutoModel`, of which diffusers would warn."""
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "CustomDDPMPipeline":
+        """A pipeline with the components of another one, which are shared, not copied; as in diffusers.
+
+        Args:
+            pipeline: of this class, or a stock one such as `DDPMPipeline`.
+            **kwargs: as in `DiffusionPipeline.from_pipe`; `unet`, `scheduler`, `id2label` replace those of `pipeline`.
+        """
+        # Passed by name, because diffusers takes over a model only if its class is exactly the annotated one.
+        shared = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler")}
+        return super().from_pipe(pipeline, **{**shared, **kwargs})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Load with the classes of the installed package; no code of the repository is executed.
 
         Accepts a folder or a Hub repository saved by this pipeline or by diffusers' `DDPMPipeline`, whose `UNet2DModel`
@@ -415,19 +448,21 @@ class CustomDDPMPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: folder or "user/model".
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `torch_dtype`, `variant`,
-                `device_map` and other arguments of `ModelMixin.from_pretrained`; `unet`, `scheduler`, `id2label` to
-                replace the saved ones.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `torch_dtype` (or `dtype`;
+                also a dictionary by component), `variant`, `device_map` and other arguments of
+                `ModelMixin.from_pretrained`; `unet`, `scheduler`, `id2label` to replace the saved ones.
+
+        Returns:
+            The pipeline; with `output_loading_info=True` also the dictionary of `ModelMixin.from_pretrained`.
 
         Raises:
             custom_ddpm.hub.ModelError: (an OSError and a ValueError) there is no such folder or repository; a component
                 is neither of this package nor of diffusers; a file is missing, malformed or of implausible size; the
                 weights are not in safetensors or do not fit the configuration. The message names the file.
-            ValueError: `custom_pipeline` or `trust_remote_code` is given.
+            TypeError: an unknown argument.
+            ValueError: `custom_pipeline` or `trust_remote_code` is given; `use_safetensors` is False.
         """
-        for name in ("custom_pipeline", "trust_remote_code"):
-            if kwargs.pop(name, None):
-                raise ValueError(f"{name} runs code of the repository; use DiffusionPipeline.from_pretrained for that")
+        kwargs = _check_loading_options(kwargs)
         parts = {name: kwargs.pop(name) for name in ("unet", "scheduler", "id2label") if name in kwargs}
         hub = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         hub_options = {name: kwargs.pop(name) for name in hub if name in kwargs}
@@ -437,10 +472,30 @@ class CustomDDPMPipeline(DiffusionPipeline):
             pretrained_model_name_or_path, skip=given, variant=kwargs.get("variant"), **hub_options
         )
         parts.setdefault("id2label", model.index.get("id2label"))
+        info: dict[str, Any] = {}
+        output_loading_info = kwargs.pop("output_loading_info", False)
         if "unet" not in parts:
-            parts["unet"] = models.load_unet(model, **kwargs)
+            parts["unet"], info = models.load_unet(model, **kwargs)
         parts.setdefault("scheduler", model.scheduler)
-        return cls(**parts)
+        return (cls(**parts), info) if output_loading_info else cls(**parts)
+
+
+def _check_loading_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `from_pretrained`, checked, with the U-Net's dtype if they give one for each component."""
+    for name in ("custom_pipeline", "trust_remote_code"):
+        if options.get(name):
+            raise ValueError(f"{name} runs code of the repository; use DiffusionPipeline.from_pretrained for that")
+    if options.get("use_safetensors", True) is False:
+        raise ValueError("use_safetensors is False; pickles are not read, leave it out")
+    checked = {}
+    for name, value in options.items():
+        if name not in LOADING_OPTIONS:
+            raise TypeError(f"CustomDDPMPipeline.from_pretrained() got an unexpected keyword argument {name!r}")
+        if name in ("torch_dtype", "dtype") and isinstance(value, dict):
+            value = value.get("unet", value.get("default"))
+        if name not in ("custom_pipeline", "trust_remote_code", "use_safetensors"):
+            checked[name] = value
+    return checked
 
 
 def _copy_code(component_class: type, folder: Path) -> list[str]:

@@ -197,7 +197,7 @@ def test_help_and_version_answer_without_torch(words):
     assert "Traceback" not in result.stderr
     assert result.returncode == (2 if "--learning_rat" in words else 0)
     if "train_ddpm.py" in words and "--help" in words:
-        assert "usage: accelerate launch train_ddpm.py" in result.stdout
+        assert "usage: accelerate launch --quiet train_ddpm.py" in result.stdout
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda file: file.stem)

@@ -367,19 +367,22 @@ def _current_name(key: str) -> str:
     return ".".join(path)
 
 
-def load_unet(model: ModelFolder, **options: Any) -> CustomUNet2DModel:
+def load_unet(model: ModelFolder, **options: Any) -> tuple[CustomUNet2DModel, dict[str, Any]]:
     """The U-Net of a judged folder; `UNet2DModel` is converted.
 
     Args:
         model: as `open_model` returns it.
         **options: of `ModelMixin.from_pretrained`, such as `torch_dtype`.
+
+    Returns:
+        The U-Net; the loading info of `ModelMixin.from_pretrained`.
     """
     cls = model.classes["unet"]
     folder = model.folder / model.place("unet")
     try:
-        unet = cls.from_pretrained(folder, use_safetensors=True, **options)
+        unet, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except SafetensorError as error:
         raise ModelError(f"{shown(str(folder), 300)} cannot be read: {one_line(error)}") from error
     unet = CustomUNet2DModel.from_diffusers(unet) if cls is UNet2DModel else unet
     unet.register_to_config(_name_or_path=model.source)  # not the folder of the cache
-    return unet
+    return unet, info

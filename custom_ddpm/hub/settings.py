@@ -74,7 +74,7 @@ def component_class(place: str, entry: Any) -> type | None:
         return None
     library, name = entry
     module, own = OWN_CODE[place]
-    if name == own and library in (module, "custom_ddpm"):
+    if name == own and library in (module, "custom_ddpm", f"custom_ddpm.{module}"):
         return CustomUNet2DModel if place == "unet" else CustomDDPMScheduler
     if library != "diffusers":
         return None
@@ -105,11 +105,13 @@ def index_problem(index: Mapping[str, Any], skip: Sequence[str] = ()) -> str | N
     name = index.get("_class_name")
     if not (name in PIPELINE_CLASSES if isinstance(name, str) else name == OWN_PIPELINE):
         return f"_class_name is {shown_value(name)}, which is a class of neither custom-ddpm nor diffusers for pictures"
+    if not _is_own_code("unet", index.get("auto_map", {})):
+        return f"auto_map names other code to load: {shown_value(index['auto_map'])}"
     for key, entry in {"unet": None, "scheduler": None, **index}.items():
         if key in OWN_CODE and key not in skip and component_class(key, entry) is None:
             stock = "a UNet2DModel" if key == "unet" else "a scheduler of diffusers that can be loaded here"
             return f"{key} is {shown_value(entry)}; it must be a {OWN_CODE[key][1]} or {stock}"
-        if key not in OWN_CODE and key not in ("_class_name", "id2label") and isinstance(entry, list | dict):
+        if key not in OWN_CODE and key not in ("_class_name", "auto_map", "id2label") and isinstance(entry, list | dict):
             return f"{shown(key)} is {shown_value(entry)}; the pipeline has no such component"
     names = index.get("id2label")
     if names is not None and not (
@@ -120,6 +122,11 @@ def index_problem(index: Mapping[str, Any], skip: Sequence[str] = ()) -> str | N
     return None
 
 
+def _is_own_code(place: str, auto_map: Any) -> bool:
+    """Whether an auto_map, from which AutoModel takes the file to load, names the code of this package only."""
+    return isinstance(auto_map, dict) and all(value == ".".join(OWN_CODE[place]) for value in auto_map.values())
+
+
 def config_problem(place: str, config: Mapping[str, Any], cls: type) -> str | None:
     """What is wrong in the configuration of a component: other code, wrong types, implausible sizes.
 
@@ -128,9 +135,8 @@ def config_problem(place: str, config: Mapping[str, Any], cls: type) -> str | No
         config: content of the file.
         cls: class that it is for; the types are those of its constructor.
     """
-    code = config.get("auto_map", {})
-    if not (isinstance(code, dict) and all(value == ".".join(OWN_CODE[place]) for value in code.values())):
-        return f"auto_map names other code to load: {shown_value(code)}"
+    if not _is_own_code(place, config.get("auto_map", {})):
+        return f"auto_map names other code to load: {shown_value(config['auto_map'])}"
     name = config.get("_class_name", OWN_CODE[place][1])
     known = isinstance(name, str) and component_class(place, ["diffusers", name]) is not None
     if name != OWN_CODE[place][1] and not known:

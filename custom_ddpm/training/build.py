@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers.optimization import get_scheduler
 
@@ -21,7 +20,7 @@ from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
 from .checkpoint import delete_checkpoint, differing_settings, find_checkpoint
 from .ema import PostHocEMA
-from .launch import command_line
+from .launch import command_line, get_logger
 from .loop import Loss
 from .metrics import MetricsLogger
 from .parts import build_ema, build_loss, build_model, build_optimizer, open_data
@@ -29,7 +28,7 @@ from .preview import Preview
 from .sharding import local_part
 from .state import TrainingState, find_problem
 
-logger = get_logger(__name__, log_level="INFO")
+logger = get_logger(__name__)
 
 CONFIG_FILE = "training_config.yaml"
 # Settings that must be those of the checkpoint that a run resumes from, besides the dataset.
@@ -95,11 +94,27 @@ def _apply_memory_settings(
 
 def _max_train_steps(config: TrainingConfig, data: ImageData, global_batch: int, step: int, samples_seen: int) -> int:
     """Optimiser steps of the whole run: --max_train_steps, or what completes --num_epochs at this batch size."""
+    if data.num_images is not None and config.train_batch_size > data.num_images:
+        logger.warning(
+            f"--train_batch_size is {config.train_batch_size} and there are {data.num_images} pictures: every batch "
+            "has pictures more than once"
+        )
     if config.max_train_steps is not None:
         return config.max_train_steps
     if data.num_images is None:
         raise ValueError("--max_train_steps is needed with --streaming: the length of a stream is not known")
     return step + math.ceil((config.num_epochs * data.num_images - samples_seen) / global_batch)
+
+
+def _build_lr_scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer, max_train_steps: int) -> Any:
+    """The learning rate schedule; not prepared by accelerate, which would step it once for every process."""
+    warmup = config.lr_warmup_steps
+    if config.lr_scheduler != "constant" and max_train_steps <= warmup:
+        logger.warning(
+            f"--lr_warmup_steps is {warmup} and the run has {max_train_steps} steps: the learning rate never comes to "
+            f"--learning_rate, {config.learning_rate:g}"
+        )
+    return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
 
 def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed | None) -> Run:
@@ -116,7 +131,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     data, validation_data = open_data(config, accelerator)
     logger.info(data.describe())
     torch.manual_seed(config.seed)
-    unet, scheduler = build_model(config, data)
+    config, unet, scheduler = build_model(config, data)
     memory_format = _apply_memory_settings(config, unet, accelerator)
 
     importance = config.timestep_sampling == "importance"
@@ -128,10 +143,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     first_step, first_sample = (resumed[1]["step"], resumed[1]["samples_seen"]) if resumed else (0, 0)
     max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)
     optimizer = build_optimizer(config, unet)
-    # Not prepared by accelerate, which would step it once for every process.
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max_train_steps
-    )
+    lr_scheduler = _build_lr_scheduler(config, optimizer, max_train_steps)
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
     state = _build_state(config, accelerator, unet, optimizer, sampler)
     if resumed is not None:

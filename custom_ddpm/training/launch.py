@@ -4,6 +4,7 @@
 the global batch size would silently be wrong. Here that process starts the others, with torch's launcher.
 """
 
+import logging
 import os
 import shlex
 import signal
@@ -13,11 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed.run
+from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
+from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import str_to_bool
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -79,10 +83,10 @@ def command_line() -> str:
         return ""
     spec = sys.modules["__main__"].__spec__
     if spec is not None and spec.name.startswith("custom_ddpm."):
-        return shlex.join(["accelerate", "launch", "-m", spec.name, *sys.argv[1:]])
+        return shlex.join(["accelerate", "launch", "--quiet", "-m", spec.name, *sys.argv[1:]])
     if Path(sys.argv[0]).name == "custom-ddpm":
         return shlex.join(["custom-ddpm", *sys.argv[1:]])
-    return shlex.join(["accelerate", "launch", *sys.argv])
+    return shlex.join(["accelerate", "launch", "--quiet", *sys.argv])
 
 
 def _end_with(parent: int) -> None:
@@ -112,6 +116,24 @@ def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
         if several:
             time.sleep(REPORT_DELAY)
         raise
+
+
+class _Logger(MultiProcessAdapter):
+    """accelerate's logger, which speaks on the first process only, without "[RANK 0]" on one process."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The message, with the number of the process if there are several."""
+        if PartialState().num_processes > 1:
+            return super().process(msg, kwargs)
+        kwargs.setdefault("stacklevel", 2)
+        return msg, kwargs
+
+
+def get_logger(name: str) -> MultiProcessAdapter:
+    """The logger of a module, for messages from the first process."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    return _Logger(logger, {})
 
 
 def launcher_pid() -> int | None:

@@ -10,12 +10,13 @@ import matplotlib.figure
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm.auto import tqdm
 
-logger = get_logger(__name__, log_level="INFO")
+from .launch import get_logger
+
+logger = get_logger(__name__)
 
 METRICS = "metrics.jsonl"
 LEVELS = 10  # equal parts of 0 … T that the loss is averaged over separately

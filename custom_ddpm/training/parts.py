@@ -1,5 +1,6 @@
 """Building the parts of a training run, each from the settings of the configuration that concern it."""
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.logging import get_logger
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 
@@ -21,13 +22,13 @@ from ..data.sources import open_images
 from ..objective import diffusion_loss
 from ..pipelines import CustomDDPMPipeline
 from ..scheduler import CustomDDPMScheduler
-from ..schedules import BETA_RANGES, make_betas, resample_betas
+from ..schedules import BETA_RANGES, BETA_SCHEDULES, make_betas, resample_betas
 from ..unet import CustomUNet2DModel
-from .launch import set_cpu_threads
+from .launch import get_logger, set_cpu_threads
 from .loop import Loss
 from .sharding import check_strategy
 
-logger = get_logger(__name__, log_level="INFO")
+logger = get_logger(__name__)
 
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)  # one process decodes a large dataset, or writes a large checkpoint
 
@@ -38,6 +39,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         ValueError: accelerate is configured for something that is not supported.
     """
+    _check_trackers(config.report_to)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -61,6 +63,16 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError("--mixed_precision is fp16, which is not supported for training on a CPU; use bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raise ValueError for a tracker that is unknown or not installed, which accelerate leaves out silently."""
+    known, installed = [*map(str, LOGGER_TYPE_TO_CLASS)], [*map(str, get_available_trackers())]
+    for name in names:
+        if name not in ("all", *known):
+            raise ValueError(f"--report_to is {name!r}; it must be one of {', '.join(['all', *known])}")
+        if name not in ("all", *installed):
+            raise ValueError(f"--report_to is {name!r}, which is not installed: pip install {name.replace('_', '-')}")
 
 
 def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tuple[ImageData, ImageData | None]:
@@ -100,18 +112,34 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
 
 def build_scheduler(config: TrainingConfig) -> CustomDDPMScheduler:
     """The noise scheduler. A schedule given by a range of β keeps the shape that it has at T = 1000 for any T."""
+    return _make_scheduler(
+        config.ddpm_beta_schedule,
+        config.ddpm_num_steps,
+        config.prediction_type,
+        config.variance_type,
+        config.rescale_betas_zero_snr,
+    )
+
+
+def _make_scheduler(
+    schedule: str, num_steps: int, prediction_type: str, variance_type: str, zero_snr: bool
+) -> CustomDDPMScheduler:
     trained_betas = None
-    if config.ddpm_num_steps != 1000 and config.ddpm_beta_schedule in BETA_RANGES:
-        trained_betas = resample_betas(make_betas(config.ddpm_beta_schedule), config.ddpm_num_steps).tolist()
+    if num_steps != 1000 and schedule in BETA_RANGES:
+        trained_betas = resample_betas(make_betas(schedule), num_steps).tolist()
     return CustomDDPMScheduler(
-        num_train_timesteps=config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
+        num_train_timesteps=num_steps,
+        beta_schedule=schedule,
         trained_betas=trained_betas,
-        prediction_type=config.prediction_type,
-        variance_type=config.variance_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        prediction_type=prediction_type,
+        variance_type=variance_type,
+        rescale_betas_zero_snr=zero_snr,
         timestep_spacing="trailing",  # with fewer steps than T, sampling starts at T−1, where the noise does
     )
+
+
+def _sample_size(data: ImageData) -> int | tuple[int, int]:
+    return data.height if data.height == data.width else (data.height, data.width)
 
 
 def build_unet(config: TrainingConfig, data: ImageData) -> CustomUNet2DModel:
@@ -123,7 +151,7 @@ def build_unet(config: TrainingConfig, data: ImageData) -> CustomUNet2DModel:
     ]
     learned = config.variance_type in ("learned", "learned_range")
     return CustomUNet2DModel(
-        sample_size=height if height == width else (height, width),
+        sample_size=_sample_size(data),
         in_channels=data.channels,
         out_channels=data.channels * (2 if learned else 1),
         block_out_channels=tuple(config.block_out_channels),
@@ -149,33 +177,90 @@ def build_ema(config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]) 
     )
 
 
-def build_model(config: TrainingConfig, data: ImageData) -> tuple[CustomUNet2DModel, CustomDDPMScheduler]:
+def build_model(
+    config: TrainingConfig, data: ImageData
+) -> tuple[TrainingConfig, CustomUNet2DModel, CustomDDPMScheduler]:
     """The U-Net and the noise scheduler that training starts from: new ones, or those of --init_from.
 
+    Returns:
+        The configuration, with the settings of the model of --init_from, so that what is recorded is what is used; the
+        U-Net; the noise scheduler.
+
     Raises:
-        ValueError: the pipeline of --init_from does not fit the pictures or the flags.
+        ValueError: the pipeline of --init_from does not fit the pictures or contradicts the flags.
     """
     if config.init_from is None:
-        return build_unet(config, data), build_scheduler(config)
+        return config, build_unet(config, data), build_scheduler(config)
     pipeline = CustomDDPMPipeline.from_pretrained(config.init_from)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    needed = build_unet(config, data).config
-    for name in ("in_channels", "out_channels", "num_class_embeds"):
-        if unet.config[name] != needed[name]:
-            raise ValueError(
-                f"--init_from {config.init_from}: its {name} is {unet.config[name]}, these pictures and flags need "
-                f"{needed[name]}"
-            )
-    wanted = {
-        "ddpm_num_steps": scheduler.config.num_train_timesteps,
-        "prediction_type": scheduler.config.prediction_type,
-        "variance_type": scheduler.config.variance_type,
+    try:
+        config = _with_settings_of(pipeline, config)
+        _check_fit(pipeline, config, data)
+    except ValueError as error:
+        raise ValueError(f"--init_from {config.init_from}: {error}") from None
+    pipeline.unet.register_to_config(sample_size=_sample_size(data))
+    return config, pipeline.unet, pipeline.scheduler
+
+
+def _with_settings_of(pipeline: CustomDDPMPipeline, config: TrainingConfig) -> TrainingConfig:
+    """The configuration with the model's settings where flags are at their defaults; ValueError where others differ."""
+    scheduler: Any = pipeline.scheduler
+    if not isinstance(scheduler, CustomDDPMScheduler):
+        raise ValueError(f"its scheduler is a {type(scheduler).__name__}; training needs a CustomDDPMScheduler")
+    unet, noise = pipeline.unet.config, scheduler.config
+    settings = {
+        "block_out_channels": list(unet.block_out_channels),
+        "down_block_types": list(unet.down_block_types),
+        "layers_per_block": unet.layers_per_block,
+        "attention_head_dim": unet.attention_head_dim,
+        "norm_num_groups": unet.norm_num_groups,
+        "dropout": unet.dropout,
+        "ddpm_num_steps": noise.num_train_timesteps,
+        "rescale_betas_zero_snr": noise.rescale_betas_zero_snr,
+        "prediction_type": noise.prediction_type,
+        "variance_type": noise.variance_type,
     }
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"--{name} is {getattr(config, name)!r}; the model of --init_from was made with {value!r}")
-    unet.register_to_config(sample_size=needed.sample_size)
-    return unet, scheduler
+    settings["ddpm_beta_schedule"] = _schedule_name(scheduler)
+    defaults = vars(TrainingConfig())
+    for name, value in settings.items():
+        given = getattr(config, name)
+        if given not in (value, defaults[name]):
+            raise ValueError(f"--{name} is {given!r}; the model of --init_from has {value!r}")
+    return dataclasses.replace(config, **settings)
+
+
+def _schedule_name(scheduler: CustomDDPMScheduler) -> str:
+    """The --ddpm_beta_schedule that gives the ᾱ of a scheduler.
+
+    Raises:
+        ValueError: there is none.
+    """
+    noise = scheduler.config
+    # A name that others repeat (the range of β may be another, and T) is tried first.
+    for name in dict.fromkeys([noise.beta_schedule, *BETA_SCHEDULES]):
+        named = _make_scheduler(
+            name, noise.num_train_timesteps, noise.prediction_type, "fixed_small", noise.rescale_betas_zero_snr
+        )
+        if torch.allclose(named.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-5, atol=0):
+            return name
+    raise ValueError(
+        f"its noise schedule is none that --ddpm_beta_schedule names at T = {noise.num_train_timesteps}: "
+        f"{', '.join(BETA_SCHEDULES)}"
+    )
+
+
+def _check_fit(pipeline: CustomDDPMPipeline, config: TrainingConfig, data: ImageData) -> None:
+    """Raise ValueError if channels or classes of a pipeline are not those of the pictures and flags."""
+    with torch.device("meta"):  # only its configuration is needed
+        needed = build_unet(config, data).config
+    for name in ("in_channels", "out_channels", "num_class_embeds"):
+        if pipeline.unet.config[name] != needed[name]:
+            raise ValueError(
+                f"its {name} is {pipeline.unet.config[name]}, these pictures and flags need {needed[name]}"
+            )
+    names = pipeline.config.id2label
+    if names and data.id2label and names != data.id2label:
+        own, theirs = (", ".join(labels[i] for i in sorted(labels)) for labels in (names, data.id2label))
+        raise ValueError(f"its classes are {own}; the pictures' are {theirs}")
 
 
 def build_optimizer(config: TrainingConfig, unet: CustomUNet2DModel) -> torch.optim.Optimizer:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from ..config import TrainingConfig
@@ -15,13 +14,14 @@ from ..messages import quoted, shown
 from .build import CONFIG_FILE, Resumed, Run, build_run
 from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
 from .ema import snapshot_file
+from .launch import get_logger
 from .loop import TrainingStep, training_steps
 from .metrics import TimedBatches, read_metrics
 from .parts import build_accelerator
 from .preview import grid_file
 from .stopping import StopRequest
 
-logger = get_logger(__name__, log_level="INFO")
+logger = get_logger(__name__)
 
 RUN_FILES = (CONFIG_FILE, "model_index.json", "metrics.jsonl")
 MAX_SKIPPED_STEPS = 50  # consecutive steps with gradients that are not finite, after which the run ends

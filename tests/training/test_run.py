@@ -843,7 +843,6 @@ def test_a_run_begins_from_a_saved_pipeline(tmp_path):
         init_from=str(tmp_path / "first"),
         learning_rate=1e-30,
         adam_weight_decay=0.0,
-        block_out_channels=[4, 4],  # the saved model's own are taken
     )
     unet = CustomDDPMPipeline.from_pretrained(tmp_path / "second").unet
     assert unet.config.block_out_channels == [8, 16]
@@ -856,8 +855,8 @@ def test_a_run_begins_from_a_saved_pipeline(tmp_path):
     [
         ({"image_mode": "RGB"}, "its in_channels is 1, these pictures and flags need 3"),
         ({"class_conditional": True}, "its num_class_embeds is None, these pictures and flags need 11"),
-        ({"ddpm_num_steps": 10}, "--ddpm_num_steps is 10; the model of --init_from was made with 20"),
-        ({"prediction_type": "sample"}, "--prediction_type is 'sample'; .* made with 'epsilon'"),
+        ({"ddpm_num_steps": 10}, "--ddpm_num_steps is 10; the model of --init_from has 20"),
+        ({"prediction_type": "sample"}, "--prediction_type is 'sample'; .* has 'epsilon'"),
     ],
 )
 def test_a_pipeline_that_does_not_fit_is_refused(tmp_path, changes, message):
