@@ -220,6 +220,20 @@ def test_ctrl_c_to_a_launcher_and_all_its_processes(tmp_path, start):
     assert step >= 10 and f"stopped at step {step}: received SIGINT" in process.log.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_process_group_of_a_stream_with_workers(tmp_path, start, number):
+    """The workers that decode get the signal too, and must live until the checkpoint is saved."""
+    changes = {**FOREVER, "streaming": True, "dataloader_num_workers": 2}
+    process = start([PYTHON, SCRIPT, *flags(tmp_path / "run", **changes)], start_new_session=True)
+    wait_until(lambda: steps_told(tmp_path / "run") >= 10, process)
+    os.killpg(process.pid, number)
+    said = finish(process)
+    step = last_step(tmp_path / "run")
+    assert step >= 10 and f"stopped at step {step}: received {number.name}" in said
+    assert "Traceback" not in said
+    wait_until(lambda: not training_processes(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_two_processes_dies(tmp_path, start, which):
     changes = {**RANDOM, "max_train_steps": 400, "checkpointing_steps": 10, "logging_steps": 1}
