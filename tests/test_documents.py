@@ -4,6 +4,7 @@ A block that is not run has the comment `<!-- not run: reason -->` before it. A 
 what that block prints. Trainings are made small by `SMALL`; nothing else of a block is changed but `REPLACED`.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import struct
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -231,17 +233,33 @@ def test_links_point_to_files_and_headings(page: str) -> None:
             assert anchor in anchors(target), link
 
 
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of `custom-ddpm`, by the name of the command."""
+    return next(action.choices for action in make_parser()._actions if action.choices)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_readme_names_every_command_every_extra_and_the_oldest_python(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for command in commands():
+        assert f"custom-ddpm {command}" in text
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for extra in project["optional-dependencies"]:
+        assert f'".[{extra}]"' in text + contributing
+    assert f"Python {project['requires-python'].removeprefix('>=')}" in text
+
+
 OTHERS_FLAGS = set(  # of accelerate, pip, datasets' split syntax and sbatch
-    "quiet cpu multi_gpu num_processes num_machines machine_rank main_process_ip main_process_port use_fsdp fsdp_version "
-    "fsdp_auto_wrap_policy rdzv_backend max_restarts index-url job-name time nodes ntasks-per-node gpus-per-node "
-    "dependency check".split()
+    "quiet cpu multi_gpu num_processes num_machines machine_rank main_process_ip main_process_port use_fsdp "
+    "fsdp_version fsdp_auto_wrap_policy rdzv_backend max_restarts index-url job-name time nodes ntasks-per-node "
+    "gpus-per-node dependency check".split()
 )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_a_page_names_exist(page: str) -> None:
-    commands = next(action for action in make_parser()._actions if action.choices)
-    known = {option for each in commands.choices.values() for option in each._option_string_actions}
+    known = {option for each in commands().values() for option in each._option_string_actions}
     known |= {f"--{field.name}" for field in dataclasses.fields(TrainingConfig)} | {"--help", "--version", "--config"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / page).read_text(encoding="utf-8")))
     assert named - known <= {f"--{name}" for name in OTHERS_FLAGS}
