@@ -1,13 +1,15 @@
-"""Generate docs/derivation.md and docs/derivation.zh.md: the derivation with its code, numbers and figures.
+"""Generate the derivation with its code, numbers and figures, in English and Chinese, as pages and as notebooks.
 
-    python docs/make_derivation.py                   check every formula, and write both pages
-    python docs/make_derivation.py --model FOLDER    also draw the figures, one of them with this trained pipeline
-    python docs/make_derivation.py --check           check every formula, and that both pages are up to date
+    python docs/make_derivation.py                   check every formula, and write pages and notebooks
+    python docs/make_derivation.py --figures         also draw the figures that need no trained model
+    python docs/make_derivation.py --model FOLDER    also draw all figures, one of them with this trained pipeline
+    python docs/make_derivation.py --check           check every formula, and that pages and notebooks are up to date
 
-A page is a template (docs/templates/) in which a line {{F3}} is replaced by links to the functions that implement
-formula F3, a code snippet and its output. First, every snippet is run at several t, and the values it computes with the
-package are compared with the formula evaluated here in float64 NumPy. The script ends with a one-line message if they
-differ. It needs the test extra of the package (for mpmath).
+It writes docs/derivation.md, .zh.md, .ipynb and .zh.ipynb, from templates (docs/templates/) in which a line {{F3}} is
+replaced by links to the functions that implement formula F3, a code snippet and its output. First, every snippet is run
+at several t, and the values it computes with the package are compared with the formula evaluated here in float64
+NumPy; then all are run in one session, and must print the same. The script ends with a one-line message if anything
+differs. It needs the test extra of the package (for mpmath), and a Chinese font for the figures.
 """
 
 import argparse
@@ -26,17 +28,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from derivation_notebook import notebook
 from numpy import exp, log, sqrt
 
 from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler
 from custom_ddpm.data import normalise
+from custom_ddpm.messages import one_line
 from custom_ddpm.objective import diffusion_loss, simple_loss, training_target
 from custom_ddpm.schedules import log_alphas_cumprod, make_betas, resample_betas, rescale_zero_terminal_snr
 from custom_ddpm.training.loop import training_steps
 from custom_ddpm.training.randomness import draw
 
 DOCS = Path(__file__).resolve().parent
-PAGES = {"derivation.md": "In code: ", "derivation.zh.md": "代码："}
+PAGES = {  # name -> what stands before the links to the code, and the link to the notebook and from it
+    "derivation": ("In code: ", "[as a notebook](derivation.ipynb)", "[as a page](derivation.md)"),
+    "derivation.zh": ("代码：", "[笔记本（notebook）版](derivation.zh.ipynb)", "[网页版](derivation.zh.md)"),
+}
 CHECKED_TIMESTEPS = (1, 2, 10, 998, 999)  # in addition to the t shown on the page
 TOLERANCES = {"float64": (1e-9, 1e-12), "float32": (1e-6, 1e-7)}  # relative, absolute
 
@@ -235,10 +242,10 @@ print(tuple(images.shape), f"{mean:.3f} {variance:.3f} {within_one:.3f}")
     "F3": Formula(
         (CustomDDPMScheduler.forward_step,),
         """
-x_t = scheduler.forward_step(x_s, t, noise)  # here x_s is x_{t−1}
-show(x_t)
+x_next = scheduler.forward_step(x_s, t, noise)  # here x_s is x_{t−1}
+show(x_next)
 """,
-        lambda v: {"x_t": sqrt(1 - beta(v.t)) * v.x_s + sqrt(beta(v.t)) * v.noise},
+        lambda v: {"x_next": sqrt(1 - beta(v.t)) * v.x_s + sqrt(beta(v.t)) * v.noise},
     ),
     "F4": Formula(
         (make_betas, resample_betas),
@@ -270,11 +277,11 @@ show(keep, add, keep**2 + add**2)
         (CustomDDPMScheduler.forward_step,),
         """
 x_between = scheduler.forward_step(x_s, t - 1, noise)  # here x_s is x_{t−2}
-x_t = scheduler.forward_step(x_between, t, noise_2)
-show(x_t)
+x_twice = scheduler.forward_step(x_between, t, noise_2)
+show(x_twice)
 """,
         lambda v: {
-            "x_t": sqrt(alpha(v.t) * alpha(v.t - 1)) * v.x_s
+            "x_twice": sqrt(alpha(v.t) * alpha(v.t - 1)) * v.x_s
             + sqrt(alpha(v.t) * (1 - alpha(v.t - 1))) * v.noise
             + sqrt(1 - alpha(v.t)) * v.noise_2
         },
@@ -307,18 +314,20 @@ show(merged)
     "F8": Formula(
         (CustomDDPMScheduler.add_noise,),
         """
-x_t = scheduler.add_noise(x_s, noise, t, prev_timesteps=t - 2)  # here x_s is x_{t−2}
-show(x_t)
+x_merged = scheduler.add_noise(x_s, noise, t, prev_timesteps=t - 2)  # here x_s is x_{t−2}
+show(x_merged)
 """,
-        lambda v: {"x_t": sqrt(alpha(v.t) * alpha(v.t - 1)) * v.x_s + sqrt(1 - alpha(v.t) * alpha(v.t - 1)) * v.noise},
+        lambda v: {
+            "x_merged": sqrt(alpha(v.t) * alpha(v.t - 1)) * v.x_s + sqrt(1 - alpha(v.t) * alpha(v.t - 1)) * v.noise
+        },
     ),
     "F9": Formula(
         (CustomDDPMScheduler.add_noise, log_alphas_cumprod),
         """
-x_t = scheduler.add_noise(x_0, noise, t)
+x_direct = scheduler.add_noise(x_0, noise, t)
 s = t // 2
 x_later = scheduler.add_noise(x_s, noise, t, prev_timesteps=s)
-show(x_t, x_later)
+show(x_direct, x_later)
 
 # The induction, run: mean and variance pushed through every single step, against the closed form.
 mean, variance = x_0, zero
@@ -330,7 +339,7 @@ show(mean, variance)
 show(scheduler.add_noise(x_0, zero, t), scheduler.add_noise(zero, one, t) ** 2)
 """,
         lambda v: {
-            "x_t": sqrt(alpha_bar(v.t)) * v.x_0 + sqrt(1 - alpha_bar(v.t)) * v.noise,
+            "x_direct": sqrt(alpha_bar(v.t)) * v.x_0 + sqrt(1 - alpha_bar(v.t)) * v.noise,
             "x_later": sqrt(alpha_bar(v.t) / alpha_bar(v.s)) * v.x_s
             + sqrt(1 - alpha_bar(v.t) / alpha_bar(v.s)) * v.noise,
             "mean": sqrt(alpha_bar(v.t)) * v.x_0,
@@ -430,11 +439,11 @@ show(mean, variance)
         """
 from custom_ddpm.objective import training_target
 
-x_t = scheduler.add_noise(x_0, noise, t)
+noisy = scheduler.add_noise(x_0, noise, t)
 targets, epsilons = [], []
 for prediction_type in ("epsilon", "sample", "v_prediction"):
     target = training_target(CustomDDPMScheduler(prediction_type=prediction_type), x_0, noise, t)
-    epsilon = scheduler.predict_epsilon(target, t, x_t, prediction_type)  # whichever is told, ε follows
+    epsilon = scheduler.predict_epsilon(target, t, noisy, prediction_type)  # whichever is told, ε follows
     targets.append(target)
     epsilons.append(epsilon)
     show(target, epsilon)
@@ -449,8 +458,8 @@ for prediction_type in ("epsilon", "sample", "v_prediction"):
         """
 from custom_ddpm.objective import simple_loss
 
-x_t = scheduler.add_noise(x_0, noise, t)
-prediction = 0.9 * x_t  # what a network might say
+noisy = scheduler.add_noise(x_0, noise, t)
+prediction = 0.9 * noisy  # what a network might say
 loss = simple_loss(scheduler, prediction[None], x_0[None], noise[None], t)  # (B, C) = (1, 1)
 show(loss)
 """,
@@ -468,11 +477,11 @@ weight = torch.zeros(10, requires_grad=True)
 optimizer = torch.optim.Adagrad([weight], lr=0.1)
 generator = torch.Generator().manual_seed(0)
 for _ in range(500):
-    x_0 = 0.5 * torch.randn(1024, 1, generator=generator)
-    t = torch.randint(10, (1024,), generator=generator)
-    noise = torch.randn(1024, 1, generator=generator)
-    x_t = ten.add_noise(x_0, noise, t)
-    loss = simple_loss(ten, weight[t, None] * x_t, x_0, noise, t).mean()
+    pixels = 0.5 * torch.randn(1024, 1, generator=generator)
+    times = torch.randint(10, (1024,), generator=generator)
+    noises = torch.randn(1024, 1, generator=generator)
+    noisy = ten.add_noise(pixels, noises, times)
+    loss = simple_loss(ten, weight[times, None] * noisy, pixels, noises, times).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -480,8 +489,8 @@ for _ in range(500):
 # The best that any network can do is known in this world: E[ε|x_t] = x_t √(1−ᾱ_t)/(0.25 ᾱ_t + 1−ᾱ_t).
 alpha_bar = ten.alphas_cumprod
 best = (1 - alpha_bar).sqrt() / (0.25 * alpha_bar + 1 - alpha_bar)
-for t in (0, 1, 2, 9):
-    print(f"t = {t}: learned {weight[t].item():.2f}, best {best[t].item():.2f}")
+for i in (0, 1, 2, 9):
+    print(f"t = {i}: learned {weight[i].item():.2f}, best {best[i].item():.2f}")
 """,
         T2_loop_by_hand,
         any_t=False,
@@ -504,10 +513,10 @@ show(small, large, last)
 # Pictures of one pixel, drawn from N(0.3, 0.5²): the best network is known there.
 generator = torch.Generator().manual_seed(1)
 x = torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
-for t in scheduler.timesteps:  # T−1 … 0
-    alpha_bar = scheduler.alphas_cumprod[t].double()
+for time in scheduler.timesteps:  # T−1 … 0
+    alpha_bar = scheduler.alphas_cumprod[time].double()
     epsilon = (x - 0.3 * alpha_bar.sqrt()) * (1 - alpha_bar).sqrt() / (0.25 * alpha_bar + 1 - alpha_bar)
-    x = scheduler.step(epsilon, t, x, generator=generator).prev_sample
+    x = scheduler.step(epsilon, time, x, generator=generator).prev_sample
 mean, std = x.mean(), x.std()
 print(f"{mean:.3f} ± {std / 20_000**0.5:.3f}, {std:.3f}")
 """,
@@ -562,15 +571,40 @@ except ValueError as error:
 # ---- running and comparing ----
 
 
-def run(snippet: str, t: int | None = None) -> tuple[Values, str]:
-    """Execute a snippet; returns its variables and its output."""
+def set_up() -> Values:
+    """The variables of a session in which only `SETUP` was executed."""
     variables: Values = {}
     exec(SETUP, variables)
-    if t is not None:
-        variables["t"] = t
+    return variables
+
+
+def execute(snippet: str, variables: Values) -> str:
+    """Execute a snippet in a session; returns its output."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(snippet, variables)
-    return variables, printed.getvalue()
+    return printed.getvalue()
+
+
+def run(snippet: str, t: int | None = None) -> tuple[Values, str]:
+    """Execute a snippet in a new session; returns the session's variables and the output."""
+    variables = set_up() if t is None else set_up() | {"t": t}
+    return variables, execute(snippet, variables)
+
+
+def run_in_one_session(outputs: dict[str, str]) -> None:
+    """Execute all snippets in one session; exit with a message if one prints something else than in `outputs`."""
+    variables = set_up()
+    given = {name: repr(value) for name, value in variables.items() if not name.startswith("__")}
+    for name, formula in FORMULAS.items():
+        try:
+            output = execute(formula.snippet, variables)
+        except Exception as error:
+            raise SystemExit(f"{name}: fails after the snippets before it: {one_line(error)}") from error
+        changed = [key for key, value in given.items() if repr(variables[key]) != value]
+        if changed:
+            raise SystemExit(f"{name}: changes {', '.join(changed)} of the set-up, which later snippets need")
+        if output != outputs[name]:
+            raise SystemExit(f"{name}: prints something else after the snippets before it than alone")
 
 
 def flat(value: Any) -> np.ndarray:
@@ -602,13 +636,14 @@ def compare(name: str, formula: Formula, variables: Values) -> None:
 
 
 def check_formulas() -> dict[str, str]:
-    """Compare every formula with its code; returns the output of every snippet."""
+    """Compare every formula with its code, alone and in one session; returns the output of every snippet."""
     outputs = {}
     for name, formula in FORMULAS.items():
         variables, outputs[name] = run(formula.snippet)
         compare(name, formula, variables)
         for t in CHECKED_TIMESTEPS if formula.any_t else ():
             compare(name, formula, run(formula.snippet, t)[0])
+    run_in_one_session(outputs)
     return outputs
 
 
@@ -653,25 +688,46 @@ def precision_table() -> str:
     return "\n".join([head, *rows])
 
 
+Part = str | tuple[str, str]  # Markdown, or code and what it prints
+
+
+def page_parts(page: str, blocks: dict[str, list[Part]]) -> list[Part]:
+    """The parts of a page in order: the text of its template, and its blocks in their places."""
+    template = (DOCS / "templates" / f"{page}.md").read_text(encoding="utf-8")
+    first, *rest = re.split(r"^\{\{(.+)\}\}$", template, flags=re.MULTILINE)
+    asked = rest[::2]
+    if sorted(asked) != sorted(blocks):
+        differing = sorted(set(asked) ^ set(blocks)) or sorted(n for n in asked if asked.count(n) > 1)
+        raise SystemExit(f"templates/{page}.md must contain each block once; check {', '.join(differing)}")
+    parts: list[Part] = [first]
+    for name, text in zip(asked, rest[1::2], strict=True):
+        parts += [*blocks[name], text]
+    return parts
+
+
+def markdown(parts: list[Part]) -> str:
+    """The parts as one Markdown text: code and output are fenced blocks."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part.strip())
+        else:
+            texts += [fenced("python", part[0])] + ([fenced("text", part[1])] if part[1] else [])
+    return "\n\n".join(text for text in texts if text) + "\n"
+
+
 def pages() -> dict[str, str]:
-    """Generate all pages: file name -> text."""
+    """Generate all pages and notebooks: file name -> text."""
     outputs, precision = check_formulas(), precision_table()
     result = {}
-    for page, label in PAGES.items():
-        blocks = {"setup": fenced("python", SETUP), "precision": precision}
+    for page, (label, to_notebook, to_page) in PAGES.items():
+        blocks: dict[str, list[Part]] = {"setup": [(SETUP, "")], "precision": [precision]}
         for name, formula in FORMULAS.items():
-            parts = [fenced("python", formula.snippet), fenced("text", outputs[name])]
-            if formula.code:
-                parts.insert(0, label + ", ".join(map(link, formula.code)))
-            blocks[name] = "\n\n".join(parts)
-        template = (DOCS / "templates" / page).read_text(encoding="utf-8")
-        asked = re.findall(r"^\{\{(.+)\}\}$", template, re.MULTILINE)
-        if sorted(asked) != sorted(blocks):
-            differing = sorted(set(asked) ^ set(blocks)) or sorted(n for n in asked if asked.count(n) > 1)
-            raise SystemExit(f"templates/{page} must contain each block once; check {', '.join(differing)}")
-        for name, block in blocks.items():
-            template = template.replace("{{" + name + "}}", block)
-        result[page] = template
+            links = [label + ", ".join(map(link, formula.code))] if formula.code else []
+            blocks[name] = [*links, (formula.snippet, outputs[name])]
+        parts = page_parts(page, blocks)
+        result[f"{page}.md"] = markdown(parts).replace("{{other}}", to_notebook)
+        result[f"{page}.ipynb"] = notebook(parts).replace("{{other}}", to_page)
     return result
 
 
@@ -680,7 +736,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check the derivation against the code and generate its pages.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
-    what.add_argument("--model", help="also draw the figures, with a pipeline trained by examples/configs/digits.yaml")
+    what.add_argument("--figures", action="store_true", help="also draw the figures that need no trained model")
+    what.add_argument("--model", help="also draw all figures, with a pipeline trained by examples/configs/digits.yaml")
     options = parser.parse_args(arguments)
     for page, text in pages().items():
         path = DOCS / page
@@ -688,7 +745,7 @@ def main(arguments: list[str] | None = None) -> None:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             raise SystemExit(f"docs/{page} is not up to date: run python docs/make_derivation.py")
-    if options.model is not None:
+    if options.figures or options.model is not None:
         from derivation_figures import draw_figures
 
         draw_figures(DOCS / "figures", options.model)
