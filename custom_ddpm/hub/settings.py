@@ -111,7 +111,11 @@ def index_problem(index: Mapping[str, Any], skip: Sequence[str] = ()) -> str | N
         if key in OWN_CODE and key not in skip and component_class(key, entry) is None:
             stock = "a UNet2DModel" if key == "unet" else "a scheduler of diffusers that can be loaded here"
             return f"{key} is {shown_value(entry)}; it must be a {OWN_CODE[key][1]} or {stock}"
-        if key not in OWN_CODE and key not in ("_class_name", "auto_map", "id2label") and isinstance(entry, list | dict):
+        if (
+            key not in OWN_CODE
+            and key not in ("_class_name", "auto_map", "id2label")
+            and isinstance(entry, list | dict)
+        ):
             return f"{shown(key)} is {shown_value(entry)}; the pipeline has no such component"
     names = index.get("id2label")
     if names is not None and not (
