@@ -38,7 +38,7 @@ def fit_classifier(
     labels: torch.Tensor,
     num_classes: int,
     *,
-    steps: int = 1500,
+    steps: int = 1000,
     batch_size: int = 128,
     learning_rate: float = 3e-3,
     seed: int = 0,
@@ -57,7 +57,8 @@ def fit_classifier(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(*images.shape[1:], num_classes)
+        channels, height, width = images.shape[1:]
+        model = Classifier(channels, height, width, num_classes)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -75,7 +76,7 @@ def fit_classifier(
 
 
 def train_classifier(
-    data: ImageData, name: str, output_dir: str | Path, *, steps: int = 1500, seed: int = 0, device: Any = "cpu"
+    data: ImageData, name: str, output_dir: str | Path, *, steps: int = 1000, seed: int = 0, device: Any = "cpu"
 ) -> dict[str, Any]:
     """Train a classifier on nine tenths of labelled pictures, measure it on the rest, and save it.
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..data.base import fingerprint
 from .distances import Moments, merge_all
 from .features import Features
-from .pictures import Pictures
+from .pictures import Pictures, process_state
 
 KEPT = 10_000  # pictures whose features are kept, for what moments do not give
 VERSION = 1  # to be increased with every change of what is cached
@@ -65,9 +64,9 @@ def collect(pictures: Pictures, extractors: Sequence[Features], batch_size: int,
             rows[i].append(values[:mine].cpu())
     order = np.argsort([number for own in gather_object([positions]) for number in own], kind="stable")
     results = []
-    for features, own, values in zip(extractors, moments, rows, strict=True):
+    for features, own, own_rows in zip(extractors, moments, rows, strict=True):
         on_cpu = None if own is None else Moments(own.count, own.mean.cpu(), own.scatter.cpu())
-        parts = gather_object([(on_cpu, values)])
+        parts = gather_object([(on_cpu, own_rows)])
         merged = merge_all(each for each, _ in parts if each is not None)  # a process may have had no pictures
         if not bool(torch.isfinite(merged.mean).all()):
             raise ValueError(f"features of {pictures.description} by {features.name} are not finite")
@@ -91,7 +90,7 @@ def collect_cached(
     pictures: Pictures, features: Features, batch_size: int, kept: int = KEPT, cache_dir: str | None = None
 ) -> FeatureSet:
     """`collect`, from the cache if it is there; a damaged file is replaced."""
-    state, file = PartialState(), cache_file(pictures, features, kept, cache_dir)
+    state, file = process_state(), cache_file(pictures, features, kept, cache_dir)
     if file is None:
         return collect(pictures, [features], batch_size, kept)[0]
     found = _read(file)

@@ -19,11 +19,9 @@ Command = Callable[[str, Callable[[Any], None]], argparse.ArgumentParser]
 
 def train_features(args: argparse.Namespace) -> None:
     """Train a small classifier on labelled pictures, whose features compare sets of such pictures."""
-    from accelerate import PartialState
-
     from .classifier import train_classifier
     from .features import CONFIG_FILE
-    from .pictures import DatasetPictures, open_dataset
+    from .pictures import DatasetPictures, open_dataset, process_state
 
     if Path(args.output_dir, CONFIG_FILE).exists():
         raise FileExistsError(f"{args.output_dir} holds features already; choose another folder")
@@ -33,7 +31,7 @@ def train_features(args: argparse.Namespace) -> None:
     if not isinstance(pictures, DatasetPictures):
         raise ValueError(f"{args.dataset} has no labels; a classifier needs a dataset or a folder with classes")
     name = args.name or f"{Path(args.dataset.rstrip('/')).name} classifier"
-    device = PartialState().device
+    device = process_state().device
     facts = train_classifier(pictures.data, name, args.output_dir, steps=args.steps, seed=args.seed, device=device)
     print(
         f"{facts['name']}: {facts['held_out_accuracy']:.2%} of {facts['num_held_out_images']:,} held-out pictures "
@@ -42,18 +40,15 @@ def train_features(args: argparse.Namespace) -> None:
 
 
 def _load_features(names: list[str]) -> "list[Features]":
-    from accelerate import PartialState
-
     from .features import load_features
+    from .pictures import process_state
 
-    return [load_features(name, PartialState().device) for name in names]
+    return [load_features(name, process_state().device) for name in names]
 
 
 def _open_source(args: argparse.Namespace) -> "Pictures":
     """The pictures to evaluate: of a model, or of a dataset, a folder or an NPZ file."""
-    from accelerate import PartialState
-
-    from .pictures import is_model, open_dataset, open_model
+    from .pictures import is_model, open_dataset, open_model, process_state
 
     options = {name: getattr(args, name) for name in ("num_inference_steps", "eta") if getattr(args, name) is not None}
     if args.guidance_scale != 1.0:
@@ -61,7 +56,7 @@ def _open_source(args: argparse.Namespace) -> "Pictures":
     if is_model(args.source):
         if args.resolution is not None:
             raise ValueError(f"--resolution is {args.resolution}, but a model draws in its own size; leave it out")
-        return open_model(args.source, args.num_images or 10_000, args.seed, options, PartialState().device)
+        return open_model(args.source, args.num_images or 10_000, args.seed, options, process_state().device)
     if options:
         raise ValueError(f"{args.source} is no model, so that {', '.join(f'--{name}' for name in options)} has no use")
     return open_dataset(
@@ -82,16 +77,15 @@ def _open_like(source: "Pictures", path: str, split: str, args: argparse.Namespa
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare pictures of a model, a dataset or a folder with a dataset: FD or FID, KID, precision and recall."""
-    from accelerate import PartialState
-
     from .evaluate import evaluate as run
     from .evaluate import table, write_json
+    from .pictures import process_state
 
     features = _load_features(args.features)
     source = _open_source(args)
     reference = _open_like(source, args.against, args.split, args, num_images=args.num_reference_images)
     result = run(source, reference, features, batch_size=args.batch_size, cache_dir=args.cache_dir)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(table(result))
         if args.output:
             write_json(result, args.output)
@@ -100,7 +94,6 @@ def evaluate(args: argparse.Namespace) -> None:
 def bits_per_dim(args: argparse.Namespace) -> None:
     """Bits per dimension of held-out pictures under a model, in the three parts of the bound."""
     import torch
-    from accelerate import PartialState
 
     from ..data.pixels import normalise
     from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
@@ -108,9 +101,9 @@ def bits_per_dim(args: argparse.Namespace) -> None:
     from .bits_per_dim import bits_per_dim as run
     from .bits_per_dim import variance_schedulers
     from .evaluate import write_json
-    from .pictures import ModelPictures
+    from .pictures import ModelPictures, process_state
 
-    state = PartialState()
+    state = process_state()
     pipeline = CustomDDPMPipeline.from_pretrained(args.model).to(state.device)
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, CustomDDPMScheduler):
@@ -160,8 +153,6 @@ def bits_per_dim(args: argparse.Namespace) -> None:
 
 def memorization(args: argparse.Namespace) -> None:
     """Compare the distances of generated and of held-out pictures to the training pictures: does the model copy?"""
-    from accelerate import PartialState
-
     from .evaluate import write_json
     from .memorization import (
         QUANTILE,
@@ -171,6 +162,7 @@ def memorization(args: argparse.Namespace) -> None:
         gather_images,
     )
     from .memorization import memorization as run
+    from .pictures import process_state
 
     folder = Path(args.output_dir)
     features: list[Features] = [PixelFeatures(), *_load_features(args.features)]
@@ -181,16 +173,14 @@ def memorization(args: argparse.Namespace) -> None:
     )
     others, drawn = gather_images(held_out, args.batch_size), gather_images(source, args.batch_size)
     results = {each.name: run(drawn, others, training, each, batch_size=args.batch_size) for each in features}
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{source.description}: {len(drawn):,} pictures; training set: {training.description}")
         print(f"held out: {held_out.description}, {len(others):,} pictures")
         for name, each in results.items():
             print(
-                f"{name}: {each.share.value:.1%} ± {each.share.error:.1%} are nearer to a training picture than the "
-                f"{QUANTILE:.0%} nearest held-out ones ({QUANTILE:.0%} without copying); {each.nearer.value:.1%} ± "
-                f"{each.nearer.error:.1%} are nearer to training than to held-out pictures (50% without): "
-                f"{'it copies' if each.copies else 'no sign of copying'}"
+                f"{name}: {each.share.value:.1%} are nearer to a training picture, relative to the next ones, than "
+                f"{1 - QUANTILE:.0%} of held-out pictures are ({QUANTILE:.0%} ± {each.share.error:.1%} without copying): {'it copies' if each.copies else 'no sign of copying'}"
             )
         draw_distances(results, folder / "distances.png")
         write_json({"pictures": source.description, **_as_json(results)}, folder / "memorization.json")
@@ -199,10 +189,12 @@ def memorization(args: argparse.Namespace) -> None:
 
 
 def _as_json(results: dict[str, Any]) -> dict[str, Any]:
+    from .memorization import QUANTILE
+
     return {
         name: {
             "share": each.share._asdict(),
-            "nearer": each.nearer._asdict(),
+            "expected": QUANTILE,
             "copies": each.copies,
             "num_images": len(each.generated),
             "num_held_out_images": len(each.held_out),
@@ -281,6 +273,6 @@ def add_commands(command: Command, commands: Any) -> None:
     sub.add_argument("--split", default="train", help="split to train on; a tenth of it is held out")
     sub.add_argument("--resolution", type=int, nargs="+", default=None, help="size of the pictures")
     sub.add_argument("--name", default=None, help="printed with every number; by default that of the dataset")
-    sub.add_argument("--steps", type=int, default=1500, help="optimiser steps")
+    sub.add_argument("--steps", type=int, default=1000, help="optimiser steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of the weights and the order")
     sub.add_argument("--cache_dir", default=None, help="cache of datasets")

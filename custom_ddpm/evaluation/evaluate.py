@@ -68,17 +68,16 @@ def _frechet(generated: FeatureSet, reference: FeatureSet, name: str) -> list[Me
     try:
         check_rank(moments, "the set")
         # The error falls with √N; all N count, though the features of some are no longer there.
-        error = bootstrap_error(distance, kept, 10 if large else 100) * (len(kept) / moments.count) ** 0.5
-        results.append(
-            Metric(name, frechet_distance(moments, other), error, f"biased upwards at N = {moments.count:,}")
-        )
+        spread = bootstrap_error(distance, kept, 10 if large else 100) * (len(kept) / moments.count) ** 0.5
+        note = f"biased upwards at N = {moments.count:,}"
+        results.append(Metric(name, frechet_distance(moments, other), spread, note))
     except ValueError as refusal:
         results.append(Metric(name, None, note=f"refused: {refusal}"))
     try:
         endless = frechet_distance_infinity(kept, other, 6 if large else 15)
         note = "extrapolated to infinitely many pictures"
         note += "" if results[0].value is not None else f", roughly: from N = {len(kept):,} <= D = {moments.dim:,}"
-        results.append(Metric(f"{name}, N → ∞", *endless, note))
+        results.append(Metric(f"{name}, N → ∞", endless.value, endless.error, note))
     except ValueError as refusal:
         results.append(Metric(f"{name}, N → ∞", None, note=f"refused: {refusal}"))
     return results
@@ -94,7 +93,7 @@ def compare(generated: FeatureSet, reference: FeatureSet, features: Features) ->
     results = _frechet(generated, reference, frechet_name(features))
     try:
         kid = kernel_distance(generated.kept, reference.kept)
-        results.append(Metric(f"KID ({features.name})", *kid, note="unbiased; 0 for equal distributions"))
+        results.append(Metric(f"KID ({features.name})", kid.value, kid.error, "unbiased; 0 for equal distributions"))
     except ValueError as refusal:
         results.append(Metric(f"KID ({features.name})", None, note=f"refused: {refusal}"))
     counts = f"{len(generated.kept):,} against {len(reference.kept):,} pictures"
@@ -104,7 +103,7 @@ def compare(generated: FeatureSet, reference: FeatureSet, features: Features) ->
     except ValueError as refusal:
         found = dict.fromkeys(("precision", "recall", "density", "coverage"), (None, None))
         note = f"refused: {refusal}"
-    return results + [Metric(f"{name} ({features.name})", *each, note=note) for name, each in found.items()]
+    return results + [Metric(f"{name} ({features.name})", each[0], each[1], note) for name, each in found.items()]
 
 
 def evaluate(

@@ -28,15 +28,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Features(Protocol):
-    """A feature extractor.
+    """A feature extractor: called with uint8 pictures (B, C, H, W), it returns float32 (B, D)."""
 
-    Attributes:
-        name: printed with every number, such as "digits classifier".
-        identity: equal for equal features of equal pictures; None if that is not known, and nothing is cached.
-    """
+    @property
+    def name(self) -> str:
+        """Printed with every number, such as "digits classifier"."""
 
-    name: str
-    identity: str | None
+    @property
+    def identity(self) -> str | None:
+        """Equal for equal features of equal pictures; None if that is not known, and nothing is cached."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features of pictures: uint8 (B, C, H, W) on any device -> float32 (B, D) on the extractor's device."""
@@ -57,7 +57,7 @@ def to_rgb(images: torch.Tensor) -> torch.Tensor:
 
 
 class Classifier(torch.nn.Module):
-    """A small convolutional classifier; its penultimate layer, before the last ReLU, gives 64 features.
+    """A small convolutional classifier; its penultimate layer, before the ReLU, gives 64 features.
 
     Args:
         channels, height, width: shape of the pictures.
@@ -67,11 +67,15 @@ class Classifier(torch.nn.Module):
     def __init__(self, channels: int, height: int, width: int, num_classes: int):
         super().__init__()
         levels = max(1, math.ceil(math.log2(min(height, width) / 7)))
-        widths = [16, *(min(128, 32 * 2**level) for level in range(levels))]
-        layers = [self._block(channels, widths[0], 1)]
-        layers += [self._block(a, b, 2) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        layers += [self._block(widths[-1], widths[-1], 1), torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
-        self.body = torch.nn.Sequential(*layers, torch.nn.Linear(16 * widths[-1], 64))
+        strides = [1, 2] if levels == 1 else [2] * levels
+        widths = [channels, *(min(128, 32 * 2**level) for level in range(len(strides)))]
+        layers: list[torch.nn.Module] = [
+            self._block(*each) for each in zip(widths[:-1], widths[1:], strides, strict=True)
+        ]
+        layers += [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
+        # Features of unit variance on the training pictures: distances do not depend on how far the training went.
+        unit = torch.nn.BatchNorm1d(64, affine=False)
+        self.body = torch.nn.Sequential(*layers, torch.nn.Linear(16 * widths[-1], 64), unit)
         self.head = torch.nn.Linear(64, num_classes)
 
     @staticmethod

@@ -1,12 +1,12 @@
 """Does a model copy its training pictures? The distances of generated and of held-out pictures to the training set.
 
 A held-out picture has a nearest training picture too. A model that has learnt the distribution is as far from the
-training set as held-out pictures are; one that copies is nearer (the test of Meehan et al. 2020, arXiv:2004.05675).
+training set as held-out pictures are; one that copies is nearer (Meehan et al. 2020, arXiv:2004.05675). But blurred or
+plain pictures are near to all pictures. So the distance to the nearest training picture is taken relative to the mean
+distance to the next ones (Carlini et al. 2023, arXiv:2301.13188), which only a copy makes small.
 
-The number is the share of generated pictures that are nearer to the training set than the 5 % nearest held-out ones:
-5 % without copying, 100 % if every picture is a copy. Blurred or too plain pictures are near to everything, training
-set or not. So there is a second condition: a generated picture is nearer to training pictures than to equally many
-held-out ones in half of the cases, unless it was copied.
+The number is the share of generated pictures whose relative distance is below the 5 % quantile of held-out ones: 5 %
+without copying, 100 % if every picture is a copy.
 """
 
 import math
@@ -23,7 +23,8 @@ from .distances import Estimate, _squared_distances
 from .features import Features
 from .pictures import NumberedBatch, Pictures
 
-QUANTILE = 0.05  # of the held-out pictures' distances
+QUANTILE = 0.05  # of the held-out pictures' relative distances
+NEIGHBOURS = 10
 PIXELS = "pixels"
 
 
@@ -32,23 +33,24 @@ class Memorization:
     """The result in one space.
 
     Args:
-        share: of generated pictures that are nearer to the training set than the `QUANTILE` nearest held-out ones.
-        nearer: share of generated pictures nearer to training pictures than to equally many held-out ones.
+        share: of generated pictures whose relative distance is below the `QUANTILE` of held-out ones; its standard
+            error is that without copying.
         generated, held_out: distances to the nearest training picture, (M,) and (H,).
-        neighbours: positions of the k nearest training pictures of each generated one, (M, k).
+        relative_generated, relative_held_out: the same divided by the mean distance to the next NEIGHBOURS − 1.
+        neighbours: positions of the nearest training pictures of each generated one, (M, NEIGHBOURS).
     """
 
     share: Estimate
-    nearer: Estimate
     generated: np.ndarray
     held_out: np.ndarray
+    relative_generated: np.ndarray
+    relative_held_out: np.ndarray
     neighbours: np.ndarray
 
     @property
     def copies(self) -> bool:
-        """Whether both numbers are beyond their expectation by more than three standard errors."""
-        far = self.share.value > QUANTILE + 3 * self.share.error
-        return far and self.nearer.value > 0.5 + 3 * self.nearer.error
+        """Whether the share is above `QUANTILE` by more than three standard errors."""
+        return self.share.value > QUANTILE + 3 * self.share.error
 
 
 class PixelFeatures:
@@ -92,27 +94,9 @@ def _smallest(distances: torch.Tensor, positions: torch.Tensor, k: int) -> tuple
     return values, positions.gather(1, columns)
 
 
-def compare(
-    to_training: np.ndarray, held_out_to_training: np.ndarray, to_part: np.ndarray, to_held_out: np.ndarray
-) -> tuple[Estimate, Estimate]:
-    """The two numbers, from distances to the nearest picture.
-
-    Args:
-        to_training: of generated pictures to the training set, (M,).
-        held_out_to_training: of held-out pictures to the training set, (H,).
-        to_part: of generated pictures to H training pictures, (M,).
-        to_held_out: of generated pictures to the H held-out pictures, (M,).
-
-    Returns:
-        `share` and `nearer` of `Memorization`, with standard errors from M and H.
-    """
-    threshold = np.quantile(held_out_to_training, QUANTILE)
-    share = float(np.mean(to_training < threshold))
-    counts = 1 / len(to_training), 1 / len(held_out_to_training)
-    # As if nothing was copied: the share of M pictures, beyond a quantile that is estimated from H.
-    share_error = math.sqrt(QUANTILE * (1 - QUANTILE) * sum(counts))
-    nearer = float(np.mean(to_part < to_held_out) + np.mean(to_part == to_held_out) / 2)
-    return Estimate(share, share_error), Estimate(nearer, 0.5 * math.sqrt(sum(counts)))
+def relative_distances(distances: torch.Tensor) -> torch.Tensor:
+    """The nearest distance divided by the mean of the others: (Q, k), ascending -> (Q,); 0 where all are 0."""
+    return distances[:, 0] / distances[:, 1:].mean(1).clamp(min=1e-12)
 
 
 def _vectors(batches: Iterable[NumberedBatch], features: Features) -> Iterable[tuple[Iterable[int], torch.Tensor]]:
@@ -134,7 +118,6 @@ def memorization(
     training: Pictures,
     features: Features,
     *,
-    k: int = 3,
     batch_size: int = 256,
 ) -> Memorization:
     """Compare the distances of generated and held-out pictures to the training set.
@@ -144,64 +127,62 @@ def memorization(
         held_out: uint8 (H, C, H, W), of the same distribution as the training pictures but none of them.
         training: the training set, which is read once.
         features: the space of the distances; `PixelFeatures()` for pixels.
-        k: number of neighbours.
         batch_size: pictures at once.
 
     Raises:
-        ValueError: fewer than 20 generated or held-out pictures, or fewer training pictures than held-out ones.
+        ValueError: fewer than 20 generated, held-out or training pictures.
     """
-    if min(len(generated), len(held_out)) < 20:
-        raise ValueError(f"there are {len(generated)} generated and {len(held_out)} held-out pictures, not 20 of each")
-    if training.num_images < len(held_out):
+    counts = len(generated), len(held_out), training.num_images
+    if min(counts) < 20:
         raise ValueError(
-            f"there are {training.num_images} training pictures and {len(held_out)} held-out ones; take fewer of these"
+            f"there are {counts[0]} generated, {counts[1]} held-out and {counts[2]} training pictures; at least 20 of "
+            "each are needed"
         )
-    drawn, others = (
-        torch.cat([features(part) for part in images.split(batch_size)]) for images in (generated, held_out)
+    queries = [features(part) for images in (generated, held_out) for part in images.split(batch_size)]
+    distances, places = nearest(torch.cat(queries), _vectors(training.batches(batch_size), features), NEIGHBOURS)
+    first, relative = distances[:, 0].numpy(), relative_distances(distances).numpy()
+    split = len(generated)
+    share = float(np.mean(relative[:split] < np.quantile(relative[split:], QUANTILE)))
+    # The share of M pictures beyond a quantile that is estimated from H, if nothing is copied.
+    error = math.sqrt(QUANTILE * (1 - QUANTILE) * (1 / counts[0] + 1 / counts[1]))
+    return Memorization(
+        Estimate(share, error), first[:split], first[split:], relative[:split], relative[split:], places[:split].numpy()
     )
-    queries, count = torch.cat([drawn, others]), len(held_out)
-    first = nearest(queries, _vectors(training.batches(batch_size, 0, count), features), k)
-    rest = nearest(queries, _vectors(training.batches(batch_size, count), features), k)
-    distances, places = _smallest(torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]], 1), k)
-    to_held_out, _ = nearest(drawn, [(range(count), others)], 1)
-    to_training = distances[:, 0].numpy()
-    split = len(drawn)
-    share, nearer = compare(
-        to_training[:split], to_training[split:], first[0][:split, 0].numpy(), to_held_out[:, 0].numpy()
-    )
-    return Memorization(share, nearer, to_training[:split], to_training[split:], places[:split].numpy())
 
 
 def draw_distances(results: dict[str, Memorization], file: Path) -> None:
-    """Draw the distributions of the distances of generated and held-out pictures, one panel for each space."""
+    """Draw the distributions of the distances of generated and held-out pictures, one row for each space."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(results), figsize=(5.5 * len(results), 3.6), squeeze=False)
-    for panel, (name, result) in zip(axes[0], results.items(), strict=True):
-        edges = np.linspace(0, max(result.generated.max(), result.held_out.max()), 50)
-        for values, label in ((result.held_out, "held-out"), (result.generated, "generated")):
-            panel.hist(values, edges, density=True, alpha=0.55, label=f"{label} ({len(values):,})")
-        panel.axvline(np.quantile(result.held_out, QUANTILE), color="black", linestyle="--", linewidth=1)
-        panel.set_title(f"{name}: {result.share.value:.1%} left of the line, {QUANTILE:.0%} expected", fontsize=10)
-        panel.set_xlabel("distance to the nearest training picture")
-        panel.legend()
+    figure, axes = pyplot.subplots(len(results), 2, figsize=(11, 3.6 * len(results)), squeeze=False)
+    for (left, right), (name, each) in zip(axes, results.items(), strict=True):
+        pairs = (each.held_out, each.generated), (each.relative_held_out, each.relative_generated)
+        for panel, pair in zip((left, right), pairs, strict=True):
+            edges = np.linspace(0, max(values.max() for values in pair), 50)
+            for values, label in zip(pair, ("held-out", "generated"), strict=True):
+                panel.hist(values, edges, density=True, alpha=0.55, label=f"{label} ({len(values):,})")
+            panel.legend()
+        left.set(title=name, xlabel="distance to the nearest training picture")
+        right.set(xlabel=f"the same, relative to the next {NEIGHBOURS - 1}")
+        right.axvline(np.quantile(each.relative_held_out, QUANTILE), color="black", linestyle="--", linewidth=1)
+        right.set_title(f"{each.share.value:.1%} left of the line, {QUANTILE:.0%} without copying", fontsize=10)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
 def draw_neighbours(
-    generated: torch.Tensor, result: Memorization, training: Pictures, file: Path, rows: int = 12
+    generated: torch.Tensor, result: Memorization, training: Pictures, file: Path, rows: int = 12, k: int = 4
 ) -> None:
-    """Save a picture with the generated pictures nearest to the training set, each followed by its neighbours.
+    """Save a picture with the generated pictures most like copies, each followed by its k nearest training pictures.
 
     Must be called by all processes.
     """
-    order = np.argsort(result.generated, kind="stable")[:rows]
-    wanted = {int(place) for place in result.neighbours[order].flatten()}
+    order = np.argsort(result.relative_generated, kind="stable")[:rows]
+    wanted = {int(place) for place in result.neighbours[order, :k].flatten()}
     own = {
         number: images[i].cpu()
         for numbers, images, _ in training.batches(256)
@@ -211,5 +192,5 @@ def draw_neighbours(
     found = {number: image for part in gather_object([own]) for number, image in part.items()}
     cells = []
     for row in order.tolist():
-        cells += [generated[row].cpu(), *(found[int(place)] for place in result.neighbours[row])]
-    image_grid(torch.stack(cells), columns=1 + result.neighbours.shape[1]).save(file)
+        cells += [generated[row].cpu(), *(found[int(place)] for place in result.neighbours[row, :k])]
+    image_grid(torch.stack(cells), columns=1 + k).save(file)

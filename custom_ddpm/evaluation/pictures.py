@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -53,9 +54,15 @@ class Pictures(Protocol):
         """
 
 
+def process_state() -> PartialState:
+    """The state of the processes, which the first call starts; on CPUs where there is no accelerator or so chosen."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)
+
+
 def _shares(batch_size: int, start: int, stop: int) -> Iterator[range]:
     """The positions of this process, in batches; every process gets equally many batches."""
-    state = PartialState()
+    state = process_state()
     for first in range(start, stop, batch_size * state.num_processes):
         begin = first + state.process_index * batch_size
         yield range(min(begin, stop), min(begin + batch_size, stop))
@@ -122,14 +129,15 @@ class ModelPictures:
 
     def __post_init__(self) -> None:
         config = self.pipeline.unet.config
-        size, self.channels = config.sample_size, config.in_channels
+        size: int | list[int] = config.sample_size
+        self.channels: int = config.in_channels
         self.height, self.width = (size, size) if isinstance(size, int) else size
         names = self.pipeline.config.id2label
         self._classes = len(names) if names else config.num_class_embeds
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[NumberedBatch]:
         """See `Pictures`."""
-        state = PartialState()
+        state = process_state()
         stop = self.num_images if stop is None else min(stop, self.num_images)
         for first in range(start, stop, batch_size * state.num_processes):
             every = range(first, min(first + batch_size * state.num_processes, stop))
@@ -236,7 +244,7 @@ def open_dataset(
     if resolution is None:
         raise ValueError(f"the size of the pictures of {path} is not known; give it with --resolution")
     source: dict[str, Any] = {"dataset_name": path} if folder is None else {"train_data_dir": folder}
-    with PartialState().local_main_process_first():
+    with process_state().local_main_process_first():
         data = open_images(
             **source,
             split=split,
