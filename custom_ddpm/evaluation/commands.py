@@ -180,7 +180,8 @@ def memorization(args: argparse.Namespace) -> None:
         for name, each in results.items():
             print(
                 f"{name}: {each.share.value:.1%} are nearer to a training picture, relative to the next ones, than "
-                f"{1 - QUANTILE:.0%} of held-out pictures are ({QUANTILE:.0%} ± {each.share.error:.1%} without copying): {'it copies' if each.copies else 'no sign of copying'}"
+                f"{1 - QUANTILE:.0%} of held-out pictures ({QUANTILE:.0%} ± {each.share.error:.1%} without copying): "
+                f"{'it copies' if each.copies else 'no sign of copying'}"
             )
         draw_distances(results, folder / "distances.png")
         write_json({"pictures": source.description, **_as_json(results)}, folder / "memorization.json")

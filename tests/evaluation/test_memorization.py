@@ -60,7 +60,7 @@ def test_blurred_fresh_pictures_are_not_taken_for_copies(digits):
     like = torch.cdist(flat, flat).topk(5, largest=False).indices  # itself and the four most like it
     plain = fresh[like].float().mean(1).to(torch.uint8)
     result = memorization(plain, held_out, ArrayPictures(training, "training"), PixelFeatures())
-    assert np.mean(result.generated < np.quantile(result.held_out, 0.05)) > 0.3 and not result.copies
+    assert np.mean(result.generated < np.quantile(result.held_out, 0.05)) > 0.15 and not result.copies
 
 
 def test_nearest_is_brute_force_in_any_batches():
