@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .evaluation.commands import add_commands
 from .messages import one_line, shown
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def train(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="custom-ddpm", description="Train diffusion models, sample from them, convert, push and verify them."
+        prog="custom-ddpm",
+        description="Train diffusion models, sample from them, evaluate, convert, push, verify them.",
     )
     parser.add_argument("--version", action="version", version=f"custom-ddpm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -211,6 +213,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--num_images", type=int, default=512, help="pictures to estimate from")
     sub.add_argument("--batch_size", type=int, default=64, help="pictures at once")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
+
+    add_commands(command, commands)
     return parser
 
 
