@@ -30,6 +30,7 @@ BUDGET = 1e11
 MAX_PICTURES = 50_000
 MAX_MEMORISED = 10_000
 QUERIES = 64  # noised pictures at each noise level
+BOUND_SETTINGS = ("loss_type", "loss_weighting", "snr_gamma", "random_flip")  # of a run, arguments of `cached_bounds`
 BATCH_NUMBERS = 2**23  # pixel values at once
 
 

@@ -164,14 +164,19 @@ class MetricsLogger:
     def draw(self) -> None:
         """Draw `loss_curve.png` and `loss_by_timestep.png` from `metrics.jsonl`."""
         if self.accelerator.is_main_process:
-            lines = read_metrics(self.output_dir)
-            draw_loss_curve(lines, self.output_dir / "loss_curve.png")
-            bounds, final = (read_json(self.output_dir / name) for name in (BOUNDS_FILE, FINAL_LOSS_FILE))
-            draw_loss_by_timestep(lines, self.output_dir / "loss_by_timestep.png", bounds, final)
+            draw_losses(self.output_dir)
 
     def close(self) -> None:
         """Remove the progress bar."""
         self.bar.close()
+
+
+def draw_losses(output_dir: Path) -> None:
+    """Draw `loss_curve.png` and `loss_by_timestep.png` of a run from its files."""
+    lines = read_metrics(output_dir)
+    bounds, final = (read_json(output_dir / name) for name in (BOUNDS_FILE, FINAL_LOSS_FILE))
+    draw_loss_curve(lines, output_dir / "loss_curve.png")
+    draw_loss_by_timestep(lines, output_dir / "loss_by_timestep.png", bounds, final)
 
 
 def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
