@@ -193,24 +193,8 @@ def compute_bounds(
     most = min(MAX_MEMORISED, BUDGET / (3 * LEVELS * QUERIES * d))
     num_memorised = max(1, int(min(num_linear, most / copies)))
 
-    kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-
-    def read() -> Iterator[torch.Tensor]:
-        count = 0
-        for images, labels in _first_batches(data, num_linear):
-            if count < num_memorised:
-                kept.append((images, labels))
-            count += len(images)
-            flat = normalise(images).flatten(1)
-            yield torch.cat([flat, normalise(images.flip(-1)).flatten(1)]) if random_flip else flat
-
-    _, eigenvalues = covariance_eigenvalues(read(), d)
-    images = torch.cat([images for images, _ in kept])[:num_memorised]
-    labels = None if kept[0][1] is None else torch.cat([labels for _, labels in kept])[:num_memorised]  # type: ignore
-    statistics = picture_statistics(images)
-    if random_flip:
-        images, labels = torch.cat([images, images.flip(-1)]), None if labels is None else labels.repeat(2)
-
+    eigenvalues, images, labels = _read(data, num_linear, num_memorised, random_flip)
+    statistics = picture_statistics(images[:num_memorised])
     everywhere = torch.arange(len(scheduler))
     factors = loss_factors(scheduler, everywhere, loss_weighting, snr_gamma)
     linear = factors * linear_errors(eigenvalues, d, scheduler.snr(everywhere))
@@ -228,6 +212,30 @@ def compute_bounds(
         "constant": _level_means(constant.numpy(), everywhere.numpy(), len(scheduler)),
         "pictures": statistics,
     }
+
+
+def _read(
+    data: ImageData, num_linear: int, num_memorised: int, random_flip: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Eigenvalues of the first `num_linear` pictures; the first `num_memorised` pictures and labels, then mirrored."""
+    kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def flat_batches() -> Iterator[torch.Tensor]:
+        count = 0
+        for images, labels in _first_batches(data, num_linear):
+            if count < num_memorised:
+                kept.append((images, labels))
+            count += len(images)
+            flat = normalise(images).flatten(1)
+            yield torch.cat([flat, normalise(images.flip(-1)).flatten(1)]) if random_flip else flat
+
+    _, eigenvalues = covariance_eigenvalues(flat_batches(), data.channels * data.height * data.width)
+    images = torch.cat([images for images, _ in kept])[:num_memorised]
+    known = [labels for _, labels in kept if labels is not None]
+    labels = torch.cat(known)[:num_memorised] if known else None
+    if random_flip:
+        images, labels = torch.cat([images, images.flip(-1)]), None if labels is None else labels.repeat(2)
+    return eigenvalues, images, labels
 
 
 def _first_batches(data: ImageData, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -230,12 +230,16 @@ def draw_loss_by_timestep(
     held_out = (final or {}).get("validation_by_timestep")
     if held_out is not None:
         axes.plot(places, np.array(held_out, float), color="tab:orange", marker="o", label="held-out pictures")
-    # A denoiser that remembers has no loss at low noise: without this limit its curve would flatten all others.
-    lowest = axes.dataLim.intervaly[0] / 5
-    for name, style, label in (("linear", "--", "best linear denoiser"), ("memorised", ":", "memorised training set")):
-        values = np.array((bounds or {}).get(name, [None] * LEVELS), float)
-        values[~(values >= lowest)] = np.nan
-        axes.plot(places, values, color="black", linestyle=style, label=label if bounds else None)
+    if bounds is not None:
+        # A denoiser that remembers has no loss at low noise: without this limit its curve would flatten all others.
+        lowest = axes.dataLim.intervaly[0] / 5
+        for name, style, label in (
+            ("linear", "--", "best linear denoiser"),
+            ("memorised", ":", "memorised training set"),
+        ):
+            values = np.array(bounds[name], float)
+            values[~(values >= lowest)] = np.nan
+            axes.plot(places, values, color="black", linestyle=style, label=label)
     axes.set(xlabel="t / T  (0: picture, 1: noise)", ylabel="loss", title="Loss by noise level")
     _save(figure, axes, file)
 
