@@ -72,7 +72,7 @@ class Evidence:
     def constant_loss(self) -> float | None:
         """Mean loss of the best prediction that ignores x_t; None if it is not known."""
         if self.bounds is not None:
-            return float(np.mean([value for value in self.bounds["constant"] if value is not None]))
+            return _mean(self.bounds["constant"])
         plain = self.settings["loss_type"] == "simple" and self.settings["loss_weighting"] == "uniform"
         return 1.0 if plain and self.settings["prediction_type"] == "epsilon" else None
 
@@ -155,12 +155,20 @@ def _long_warm_up(e: Evidence) -> Found:
 
 
 def _not_begun(e: Evidence) -> Found:
-    """The loss of the last quarter is above 70% of that of a constant prediction."""
+    """The loss has done less than 30% of the way from a constant prediction to the best linear denoiser."""
     last, constant = e.mean_loss(0.75, 1), e.constant_loss
-    if last is None or constant is None or last[0] <= 0.7 * constant:
+    if last is None or constant is None:
+        return None
+    # Without bounds the prediction is ε, and the loss of a linear denoiser is small beside that of a constant, 1.
+    linear = 0.0 if e.bounds is None else _mean(e.bounds["linear"])
+    if last[0] <= constant - 0.3 * (constant - linear):
         return None
     evidence = f"the loss of the last quarter is {last[0]:.3g}, a constant prediction has {constant:.3g}"
     return evidence, f"raise --max_train_steps {e.steps:,}, or --learning_rate {e.settings['learning_rate']:g}"
+
+
+def _mean(levels: list[float | None]) -> float:
+    return float(np.mean([value for value in levels if value is not None]))
 
 
 def _too_few_steps(e: Evidence) -> Found:
@@ -184,7 +192,7 @@ def _stopped(e: Evidence) -> Found:
     if linear is None or any(part is None for part in parts):
         return None
     (second, error), (last, last_error) = parts[0], parts[-1]  # type: ignore[misc]
-    bound = float(np.mean([value for value in linear if value is not None]))
+    bound = _mean(linear)
     if second - last > 0.01 * second + 2 * np.hypot(error, last_error) or last < 1.05 * bound:
         return None
     evidence = (

@@ -166,6 +166,7 @@ def test_every_finding_has_a_sickness_and_names_a_flag():
         {"final": {"training": 0.0505, "raw": 0.05}},
         {"use_ema": False, "ema_power": 1.0, "ema_max_decay": 0.99999},
         {"ddpm_num_inference_steps": 50},
+        {"lines": losses(lambda u: 0.23), "bounds": {"constant": [0.29] * 10, "linear": [0.23] * 10}},  # of x_0
         {"bounds": {"linear_pictures": 100, "linear": [x / 9 for x in LINEAR]}},  # too few pictures for 64 dimensions
         {"scheduler": CustomDDPMScheduler(beta_schedule="squaredcos_cap_v2"), "ddpm_num_inference_steps": 100},
     ],
