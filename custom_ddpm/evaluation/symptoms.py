@@ -127,7 +127,7 @@ def _last_decay(e: Evidence) -> float:
 
 
 def _high_learning_rate(e: Evidence) -> Found:
-    """1% of the steps were skipped, or the loss ended above that of a constant, or a fifth above its least."""
+    """1% of the steps were skipped; the loss rose above a constant's and stayed there, or is a fifth above its least."""
     lower = f"lower --learning_rate {e.settings['learning_rate']:g}"
     if e.skipped >= 3 and e.skipped > 0.01 * e.steps:
         return f"{e.skipped:,} of {e.steps:,} steps were skipped, their gradients were not finite", lower
@@ -139,6 +139,9 @@ def _high_learning_rate(e: Evidence) -> Found:
     ended = f"the loss of the last quarter is {last[0]:.3g}"
     if constant is not None and last[0] > 1.5 * constant:
         return f"{ended}, a constant prediction has {constant:.3g}; {norm}", lower
+    highest = max(line["loss"] for line in e.lines)
+    if constant is not None and highest > 1.5 * constant and _is_at_the_start(e, last[0], constant):
+        return f"the loss rose to {highest:.3g}, a constant prediction has {constant:.3g}; {ended}; {norm}", lower
     earlier = filter(None, (e.mean_loss(begin, begin + 0.25) for begin in (0.0, 0.25, 0.5)))
     least, error = min(earlier, default=last)
     if last[0] > 1.2 * least and last[0] - least > 4 * np.hypot(error, last[1]):
@@ -157,14 +160,17 @@ def _long_warm_up(e: Evidence) -> Found:
 def _not_begun(e: Evidence) -> Found:
     """The loss has done less than 30% of the way from a constant prediction to the best linear denoiser."""
     last, constant = e.mean_loss(0.75, 1), e.constant_loss
-    if last is None or constant is None:
-        return None
-    # Without bounds the prediction is ε, and the loss of a linear denoiser is small beside that of a constant, 1.
-    linear = 0.0 if e.bounds is None else _mean(e.bounds["linear"])
-    if last[0] <= constant - 0.3 * (constant - linear):
+    if last is None or constant is None or not _is_at_the_start(e, last[0], constant):
         return None
     evidence = f"the loss of the last quarter is {last[0]:.3g}, a constant prediction has {constant:.3g}"
     return evidence, f"raise --max_train_steps {e.steps:,}, or --learning_rate {e.settings['learning_rate']:g}"
+
+
+def _is_at_the_start(e: Evidence, loss: float, constant: float) -> bool:
+    """Whether a loss has done less than 30% of the way from that of a constant prediction to a linear denoiser's."""
+    # Without bounds the prediction is ε, and the loss of a linear denoiser is small beside that of a constant, 1.
+    linear = 0.0 if e.bounds is None else _mean(e.bounds["linear"])
+    return loss > constant - 0.3 * (constant - linear)
 
 
 def _mean(levels: list[float | None]) -> float:

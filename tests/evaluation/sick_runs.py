@@ -47,7 +47,10 @@ SICK_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "learning rate 1.0": ("learning rate too high", {**SHORT, "learning_rate": 1.0}),
     "learning rate 1e-7": ("loss has not begun to fall", {**SHORT, "learning_rate": 1e-7}),
     "warm-up of 500 steps in 300": ("warm-up too long", {**SHORT, "lr_warmup_steps": 500}),
-    "100 steps": ("too few steps", {"max_train_steps": 100, "logging_steps": 5, "lr_scheduler": "constant"}),
+    "100 steps at 5e-4": (
+        "too few steps",
+        {"max_train_steps": 100, "logging_steps": 5, "lr_scheduler": "constant", "learning_rate": 5e-4},
+    ),
     "4 channels": ("worse than linear", {"block_out_channels": [4, 4], "max_train_steps": 400}),
     "30 pictures, held out": (
         "overfitting",

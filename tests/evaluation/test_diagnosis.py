@@ -85,6 +85,10 @@ def test_a_healthy_run_has_none(tmp_path, capsys):
 SICK = {
     "skipped steps": ("learning rate too high", {"lines": [x | {"skipped_steps": 1} for x in losses(falling)]}),
     "the loss explodes": ("learning rate too high", {"lines": losses(lambda u: 0.1 if u < 0.3 else 5.0)}),
+    "the loss explodes and all units die": (
+        "learning rate too high",
+        {"lines": losses(lambda u: 2.0 + 9 * u if u < 0.4 else 0.99)},
+    ),
     "the loss rises": ("learning rate too high", {"lines": losses(lambda u: 0.05 + 0.05 * u**2)}),
     "warm-up": ("warm-up too long", {"lr_warmup_steps": 501}),
     "nothing learnt": ("loss has not begun to fall", {"lines": losses(lambda u: 0.98)}),
@@ -160,6 +164,7 @@ def test_every_finding_has_a_sickness_and_names_a_flag():
     [
         {"lines": losses(lambda u: 0.0484 + 0.005 * (1 - u))},
         {"lines": losses(falling, noise=0.1)},
+        {"lines": losses(lambda u: 3.0 if u < 0.03 else falling(u))},
         {"lines": losses(falling, every=500)},
         {"lines": losses(falling, at=[*LEARNT[:-1], 0.006])},  # three times the bound, of a small loss
         {"final": {"validation": 0.055, "validation_error": 0.01}},
