@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..scheduler import CustomDDPMScheduler
+from .evidence import Evidence, mean_of
 
 Found = tuple[str, str] | None  # the evidence; what changes it
 
@@ -29,52 +29,6 @@ class Finding:
     name: str
     evidence: str
     remedy: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a run wrote.
-
-    Args:
-        settings: of `TrainingConfig`, name -> value.
-        lines: of `metrics.jsonl`, those with a finite training loss.
-        skipped: optimiser steps that were skipped.
-        validation: (step, validation loss).
-        steps: optimiser steps done.
-        scheduler: the noise scheduler that was saved with the model.
-        samples: the pictures of the last grid, uint8 (N, C, H, W).
-        bounds: see `bounds.compute_bounds`.
-        final: see `training.ending.measure_final_loss`.
-    """
-
-    settings: dict[str, Any]
-    lines: list[dict[str, Any]]
-    skipped: int
-    validation: list[tuple[int, float]]
-    steps: int
-    scheduler: CustomDDPMScheduler | None
-    samples: np.ndarray | None
-    bounds: dict[str, Any] | None
-    final: dict[str, Any] | None
-
-    def mean_loss(self, begin: float, end: float) -> tuple[float, float] | None:
-        """Mean training loss of the lines in a part of the run and its standard error; None for fewer than two lines.
-
-        Args:
-            begin, end: fractions of the run; a line belongs to the steps before it.
-        """
-        part = [line["loss"] for line in self.lines if begin * self.steps < line["step"] <= end * self.steps]
-        if len(part) < 2:
-            return None
-        return float(np.mean(part)), float(np.std(part, ddof=1) / len(part) ** 0.5)
-
-    @property
-    def constant_loss(self) -> float | None:
-        """Mean loss of the best prediction that ignores x_t; None if it is not known."""
-        if self.bounds is not None:
-            return _mean(self.bounds["constant"])
-        plain = self.settings["loss_type"] == "simple" and self.settings["loss_weighting"] == "uniform"
-        return 1.0 if plain and self.settings["prediction_type"] == "epsilon" else None
 
 
 @dataclass(frozen=True)
@@ -127,7 +81,7 @@ def _last_decay(e: Evidence) -> float:
 
 
 def _high_learning_rate(e: Evidence) -> Found:
-    """1% of the steps were skipped; the loss rose above a constant's and stayed there, or is a fifth above its least."""
+    """1% of the steps were skipped; the loss rose above a constant's and stayed, or is a fifth above its least."""
     lower = f"lower --learning_rate {e.settings['learning_rate']:g}"
     if e.skipped >= 3 and e.skipped > 0.01 * e.steps:
         return f"{e.skipped:,} of {e.steps:,} steps were skipped, their gradients were not finite", lower
@@ -169,12 +123,8 @@ def _not_begun(e: Evidence) -> Found:
 def _is_at_the_start(e: Evidence, loss: float, constant: float) -> bool:
     """Whether a loss has done less than 30% of the way from that of a constant prediction to a linear denoiser's."""
     # Without bounds the prediction is ε, and the loss of a linear denoiser is small beside that of a constant, 1.
-    linear = 0.0 if e.bounds is None else _mean(e.bounds["linear"])
+    linear = 0.0 if e.bounds is None else mean_of(e.bounds["linear"])
     return loss > constant - 0.3 * (constant - linear)
-
-
-def _mean(levels: list[float | None]) -> float:
-    return float(np.mean([value for value in levels if value is not None]))
 
 
 def _too_few_steps(e: Evidence) -> Found:
@@ -198,7 +148,7 @@ def _stopped(e: Evidence) -> Found:
     if linear is None or any(part is None for part in parts):
         return None
     (second, error), (last, last_error) = parts[0], parts[-1]  # type: ignore[misc]
-    bound = _mean(linear)
+    bound = mean_of(linear)
     if second - last > 0.01 * second + 2 * np.hypot(error, last_error) or last < 1.05 * bound:
         return None
     evidence = (

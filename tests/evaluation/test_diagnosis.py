@@ -1,4 +1,4 @@
-"""custom_ddpm/evaluation/diagnosis.py and symptoms.py: each sickness is named, and a healthy run has none.
+"""custom_ddpm/evaluation/diagnosis.py, evidence.py and symptoms.py: each sickness is named, and a healthy run has none.
 
 Whole runs take minutes and are marked slow; the others here are the files of a run, written by hand.
 """
@@ -14,7 +14,8 @@ from diffusers.training_utils import EMAModel
 
 from custom_ddpm.cli import main
 from custom_ddpm.config import TrainingConfig
-from custom_ddpm.evaluation.diagnosis import diagnose, in_words, split_grid
+from custom_ddpm.evaluation.diagnosis import diagnose, in_words
+from custom_ddpm.evaluation.evidence import split_grid
 from custom_ddpm.evaluation.symptoms import SYMPTOMS, weight_before
 from custom_ddpm.sampling import image_grid
 from custom_ddpm.scheduler import CustomDDPMScheduler
@@ -171,7 +172,10 @@ def test_every_finding_has_a_sickness_and_names_a_flag():
         {"final": {"training": 0.0505, "raw": 0.05}},
         {"use_ema": False, "ema_power": 1.0, "ema_max_decay": 0.99999},
         {"ddpm_num_inference_steps": 50},
-        {"lines": losses(lambda u: 0.23), "bounds": {"constant": [0.29] * 10, "linear": [0.23] * 10}},  # of x_0
+        {
+            "lines": losses(lambda u: 0.23, at=[0.23] * 10),
+            "bounds": {"constant": [0.29] * 10, "linear": [0.23] * 10},
+        },  # of x_0
         {"bounds": {"linear_pictures": 100, "linear": [x / 9 for x in LINEAR]}},  # too few pictures for 64 dimensions
         {"scheduler": CustomDDPMScheduler(beta_schedule="squaredcos_cap_v2"), "ddpm_num_inference_steps": 100},
     ],
