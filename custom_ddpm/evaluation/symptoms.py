@@ -215,16 +215,15 @@ def _overfitting(e: Evidence) -> Found:
 
 
 def _remembers(e: Evidence) -> Found:
-    """Where a denoiser that remembers would halve the linear loss, the model is nine tenths of the way there."""
-    if e.bounds is None:
+    """Where a denoiser that remembers would halve the linear loss, the model is 70% of the way there."""
+    if e.bounds is None or e.final is None or e.bounds["memorised_pictures"] < e.bounds["num_images"]:
         return None
     near = []
-    for level, loss in enumerate(_losses_by_level(e)):
-        linear, memorised = e.bounds["linear"][level], e.bounds["memorised"][level]
-        if loss is None or linear is None or memorised is None or memorised > 0.5 * linear:
-            continue
-        near.append((linear - loss[0] - 3 * loss[1]) / (linear - memorised))
-    if e.bounds["memorised_pictures"] < e.bounds["num_images"] or len(near) < 2 or np.mean(near) <= 0.9:
+    levels = zip(e.final["training_by_timestep"], e.bounds["linear"], e.bounds["memorised"], strict=True)
+    for loss, linear, memorised in levels:
+        if None not in (loss, linear, memorised) and memorised < 0.5 * linear:
+            near.append((linear - loss) / (linear - memorised))
+    if len(near) < 2 or np.mean(near) <= 0.7:
         return None
     evidence = f"{np.mean(near):.0%} of the way from a linear denoiser to one that remembers {e.bounds['num_images']:,}"
     return f"{evidence} pictures", "use more pictures or fewer steps, and a --validation_split to see it"
@@ -345,12 +344,12 @@ SYMPTOMS = (
     Symptom("learning rate too high", _high_learning_rate),
     Symptom("warm-up too long", _long_warm_up, frozenset({"learning rate too high"})),
     Symptom("loss has not begun to fall", _not_begun, frozenset({"learning rate too high", "warm-up too long"})),
-    Symptom("too few steps", _too_few_steps, BAD_LOSS),
+    Symptom("overfitting", _overfitting),
+    Symptom("remembers the training set", _remembers),
+    Symptom("too few steps", _too_few_steps, BAD_LOSS | {"overfitting", "remembers the training set"}),
     Symptom("loss has stopped falling", _stopped, BAD_LOSS | {"too few steps"}),
     Symptom("worse than linear", _worse_than_linear, BAD_LOSS | {"loss has stopped falling"}),
     Symptom("average too long", _long_average),
-    Symptom("overfitting", _overfitting),
-    Symptom("remembers the training set", _remembers),
     Symptom("range or mode of the training pictures", _picture_range),
     Symptom("x_T shows the picture", _signal_at_the_end),
     Symptom("sampling starts too late", _late_start),

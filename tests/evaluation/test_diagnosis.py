@@ -22,6 +22,7 @@ from custom_ddpm.scheduler import CustomDDPMScheduler
 from evaluation.sick_runs import HEALTHY_RUNS, SICK_RUNS, run_one
 
 LINEAR = [0.3, 0.15, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01, 0.005, 0.002]
+REMEMBERED = [0.1 * x for x in LINEAR]
 LEARNT = [0.2, 0.1, 0.07, 0.04, 0.03, 0.02, 0.01, 0.008, 0.004, 0.002]
 
 
@@ -64,7 +65,13 @@ def write_run(folder, lines=None, samples=None, scheduler=None, final=None, stat
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     image_grid(pictures() if samples is None else samples).save(folder / "samples.png")
     (scheduler or CustomDDPMScheduler()).save_pretrained(folder / "scheduler")
-    found = {"training": 0.05, "training_error": 0.001, "raw": 0.05, "averaged_minus_raw_error": 1e-4} | (final or {})
+    found = {
+        "training": 0.05,
+        "training_by_timestep": LEARNT,
+        "training_error": 0.001,
+        "raw": 0.05,
+        "averaged_minus_raw_error": 1e-4,
+    } | (final or {})
     (folder / "final_loss.json").write_text(json.dumps(found))
     found = {"num_images": 10_000, "num_dimensions": 64, "linear_pictures": 10_000, "memorised_pictures": 10_000}
     found |= {"linear": LINEAR, "memorised": [0.01] * 10, "constant": [1.0] * 10, **(bounds or {})}
@@ -112,8 +119,8 @@ SICK = {
     "near the memorised curve": (
         "remembers the training set",
         {
-            "lines": losses(falling),
-            "bounds": {"memorised": [0.49 * x for x in LINEAR], "linear": [4 * x for x in LINEAR]},
+            "bounds": {"memorised": REMEMBERED},
+            "final": {"training_by_timestep": [0.3 * x for x in LINEAR]},
         },
     ),
     "pixels of 0 and 1": ("range or mode of the training pictures", {"statistics": {"maximum": [1]}}),
@@ -170,13 +177,18 @@ def test_every_finding_has_a_sickness_and_names_a_flag():
         {"lines": losses(falling, at=[*LEARNT[:-1], 0.006])},  # three times the bound, of a small loss
         {"final": {"validation": 0.055, "validation_error": 0.01}},
         {"final": {"training": 0.0505, "raw": 0.05}},
+        {
+            "bounds": {"memorised": REMEMBERED},
+            "final": {"training_by_timestep": [0.5 * x for x in LINEAR]},
+        },
         {"use_ema": False, "ema_power": 1.0, "ema_max_decay": 0.99999},
         {"ddpm_num_inference_steps": 50},
         {
             "lines": losses(lambda u: 0.23, at=[0.23] * 10),
             "bounds": {"constant": [0.29] * 10, "linear": [0.23] * 10},
         },  # of x_0
-        {"bounds": {"linear_pictures": 100, "linear": [x / 9 for x in LINEAR]}},  # too few pictures for 64 dimensions
+        # Too few pictures for 64 dimensions.
+        {"bounds": {"linear_pictures": 100, "linear": [x / 9 for x in LINEAR], "memorised": [x / 10 for x in LINEAR]}},
         {"scheduler": CustomDDPMScheduler(beta_schedule="squaredcos_cap_v2"), "ddpm_num_inference_steps": 100},
     ],
 )
