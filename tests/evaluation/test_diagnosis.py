@@ -183,10 +183,11 @@ def test_every_finding_has_a_sickness_and_names_a_flag():
         },
         {"use_ema": False, "ema_power": 1.0, "ema_max_decay": 0.99999},
         {"ddpm_num_inference_steps": 50},
+        # x_0-prediction: even a linear denoiser is not far below a constant.
         {
             "lines": losses(lambda u: 0.23, at=[0.23] * 10),
-            "bounds": {"constant": [0.29] * 10, "linear": [0.23] * 10},
-        },  # of x_0
+            "bounds": {"constant": [0.29] * 10, "linear": [0.23] * 10, "memorised": [0.2] * 10},
+        },
         # Too few pictures for 64 dimensions.
         {"bounds": {"linear_pictures": 100, "linear": [x / 9 for x in LINEAR], "memorised": [x / 10 for x in LINEAR]}},
         {"scheduler": CustomDDPMScheduler(beta_schedule="squaredcos_cap_v2"), "ddpm_num_inference_steps": 100},
