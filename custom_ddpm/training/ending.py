@@ -26,6 +26,7 @@ from .loop import Loss
 from .metrics import draw_losses
 from .parts import open_data
 from .randomness import draw
+from .sharding import reshard
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -112,6 +113,7 @@ def measure_final_loss(run: Run, step: int) -> None:
     if run.state.ema is not None:
         unet.eval()
         raw = measured(training)
+        reshard(unet)  # a split model is whole after a forward pass
         unet.train()
         found |= _summary("raw", raw)
         found["averaged_minus_raw_error"] = _summary("difference", losses - raw)["difference_error"]

@@ -184,7 +184,7 @@ def test_the_bounds_and_the_held_out_loss_are_drawn_with_it(tmp_path, monkeypatc
     curves = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
     np.testing.assert_array_equal(curves["held-out pictures"], final["validation_by_timestep"])
     np.testing.assert_array_equal(curves["best linear denoiser"], [0.5] * 9 + [math.nan])
-    np.testing.assert_array_equal(curves["memorised pictures"], [math.nan] * 5 + [0.4] * 5)
+    np.testing.assert_array_equal(curves["memorised training set"], [math.nan] * 5 + [0.4] * 5)
     assert axes.get_ylim()[0] > 1e-3
 
 
