@@ -157,6 +157,23 @@ def analytic_variance(args: argparse.Namespace) -> None:
     print(f"variance_type 'analytic', from {len(images)} pictures, in {folder / 'scheduler'}")
 
 
+def diagnose(args: argparse.Namespace) -> None:
+    """Say in words what is wrong with a run, from what it wrote."""
+    from .evaluation.diagnosis import diagnose, in_words
+    from .evaluation.records import BOUNDS_FILE
+    from .training.ending import add_bounds
+
+    folder = Path(args.folder)
+    findings = diagnose(folder)
+    if not (folder / BOUNDS_FILE).exists():
+        try:
+            add_bounds(folder)
+            findings = diagnose(folder)
+        except (ValueError, OSError) as error:
+            print(f"without the bounds of the loss: {error}")
+    print(*in_words(findings), sep="\n")
+
+
 def train(argv: Sequence[str]) -> None:
     """Train a model on one process; for several use `accelerate launch --quiet -m custom_ddpm.train`."""
     from .train import main
@@ -207,6 +224,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("verify", verify)
     sub.add_argument("repository", help="folder or Hub repository")
     sub.add_argument("--revision", default=None, help="branch, tag or commit")
+
+    sub = command("diagnose", diagnose)
+    sub.add_argument("folder", help="output folder of a run")
 
     sub = command("analytic-variance", analytic_variance)
     sub.add_argument("folder", help="output folder of a run")

@@ -14,38 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm.auto import tqdm
 
+from ..evaluation.records import (
+    BOUNDS_FILE,
+    FINAL_LOSS_FILE,
+    LEVELS,
+    METRICS,
+    numbered_lines,
+    read_json,
+    read_metrics,
+)
 from .launch import get_logger
 
 logger = get_logger(__name__)
-
-METRICS = "metrics.jsonl"
-LEVELS = 10  # equal parts of 0 … T that the loss is averaged over separately
-
-
-def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's `metrics.jsonl`, in order; empty if there is no such file.
-
-    Lines that are no metrics (damaged by a disk or an editor) are left out.
-    """
-    return [line for _, line in _numbered_lines(output_dir) if line is not None]
-
-
-def _numbered_lines(output_dir: str | Path) -> list[tuple[int, dict[str, Any] | None]]:
-    """The number of each complete line, from 1, and its metrics; None if it has none."""
-    file = Path(output_dir, METRICS)
-    if not file.is_file():
-        return []
-    # A line that a full disk or a killed process cut short has no line end.
-    texts = file.read_bytes().split(b"\n")[:-1]
-    return [(number, _metrics_of(text)) for number, text in enumerate(texts, 1)]
-
-
-def _metrics_of(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 class TimedBatches:
@@ -108,7 +88,7 @@ class MetricsLogger:
             disable=not accelerator.is_main_process,
         )
         if accelerator.is_main_process:
-            lines = _numbered_lines(output_dir)
+            lines = numbered_lines(output_dir)
             if bad := [str(number) for number, line in lines if line is None]:
                 logger.warning(f"{output_dir / METRICS}: line {', '.join(bad[:10])} holds no metrics and is deleted")
             kept = [line for _, line in lines if line is not None and line["step"] <= start_step]
@@ -184,13 +164,19 @@ class MetricsLogger:
     def draw(self) -> None:
         """Draw `loss_curve.png` and `loss_by_timestep.png` from `metrics.jsonl`."""
         if self.accelerator.is_main_process:
-            lines = read_metrics(self.output_dir)
-            draw_loss_curve(lines, self.output_dir / "loss_curve.png")
-            draw_loss_by_timestep(lines, self.output_dir / "loss_by_timestep.png")
+            draw_losses(self.output_dir)
 
     def close(self) -> None:
         """Remove the progress bar."""
         self.bar.close()
+
+
+def draw_losses(output_dir: Path) -> None:
+    """Draw `loss_curve.png` and `loss_by_timestep.png` of a run from its files."""
+    lines = read_metrics(output_dir)
+    bounds, final = (read_json(output_dir / name) for name in (BOUNDS_FILE, FINAL_LOSS_FILE))
+    draw_loss_curve(lines, output_dir / "loss_curve.png")
+    draw_loss_by_timestep(lines, output_dir / "loss_by_timestep.png", bounds, final)
 
 
 def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
@@ -214,20 +200,46 @@ def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
     _save(figure, axes, file)
 
 
-def draw_loss_by_timestep(lines: list[dict[str, Any]], file: Path) -> None:
-    """Plot the loss at each tenth of 0 … T, for the first, second and last third of the run."""
+def draw_loss_by_timestep(
+    lines: list[dict[str, Any]],
+    file: Path,
+    bounds: dict[str, Any] | None = None,
+    final: dict[str, Any] | None = None,
+) -> None:
+    """Plot the loss at each tenth of 0 … T, for the first, second and last third of the run.
+
+    Args:
+        lines: of `metrics.jsonl`.
+        file: the picture.
+        bounds: losses to hold it against, see `evaluation.bounds.compute_bounds`, if they are known.
+        final: losses of the averaged weights at the end of the run, see `measure_final_loss`, if they are known.
+    """
     lines = [line for line in lines if "loss_by_timestep" in line]
     if not lines:
         return
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    places = (np.arange(LEVELS) + 0.5) / LEVELS
     thirds = [part for part in np.array_split(np.arange(len(lines)), min(3, len(lines))) if len(part)]
     for part, shade in zip(thirds, ("0.75", "0.5", "tab:blue")[-len(thirds) :], strict=True):
         rows = np.array([lines[i]["loss_by_timestep"] for i in part], dtype=float)
         present = np.isfinite(rows)
         mean = np.where(present, rows, 0).sum(0) / np.where(present.any(0), present.sum(0), np.nan)
         label = f"steps to {lines[part[-1]]['step']:,}"
-        axes.plot((np.arange(LEVELS) + 0.5) / LEVELS, mean, color=shade, marker="o", label=label)
+        axes.plot(places, mean, color=shade, marker="o", label=label)
+    held_out = (final or {}).get("validation_by_timestep")
+    if held_out is not None:
+        axes.plot(places, np.array(held_out, float), color="tab:orange", marker="o", label="held-out pictures")
+    if bounds is not None:
+        # A denoiser that remembers has no loss at low noise: without this limit its curve would flatten all others.
+        lowest = axes.dataLim.intervaly[0] / 5
+        for name, style, label in (
+            ("linear", "--", "best linear denoiser"),
+            ("memorised", ":", "memorised training set"),
+        ):
+            values = np.array(bounds[name], float)
+            values[~(values >= lowest)] = np.nan
+            axes.plot(places, values, color="black", linestyle=style, label=label)
     axes.set(xlabel="t / T  (0: picture, 1: noise)", ylabel="loss", title="Loss by noise level")
     _save(figure, axes, file)
 

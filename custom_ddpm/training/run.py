@@ -14,6 +14,7 @@ from ..messages import quoted, shown
 from .build import CONFIG_FILE, Resumed, Run, build_run
 from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
 from .ema import snapshot_file
+from .ending import final_diagnosis, measure_final_loss, write_bounds
 from .launch import get_logger
 from .loop import TrainingStep, training_steps
 from .metrics import TimedBatches, read_metrics
@@ -48,9 +49,12 @@ def train(config: TrainingConfig) -> Path:
         if stop_reason is not None:
             logger.info(f"stopped at step {step}: {stop_reason}. Resume with --resume_from_checkpoint latest")
         else:
+            measure_final_loss(run, step)
+            write_bounds(run)
             run.preview.finish(step)
             if accelerator.is_main_process:  # accelerate's own print would print once on each machine
                 print(_final_message(run))
+                print(*final_diagnosis(run), sep="\n")
         accelerator.end_training()
     return run.output_dir
 

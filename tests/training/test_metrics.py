@@ -172,6 +172,22 @@ def test_the_loss_by_timestep_shows_three_parts_of_the_run(tmp_path, monkeypatch
     assert axes.get_lines()[0].get_xdata()[[0, 9]] == pytest.approx([0.05, 0.95])
 
 
+def test_the_bounds_and_the_held_out_loss_are_drawn_with_it(tmp_path, monkeypatch):
+    bounds = {"linear": [0.5] * 9 + [None], "memorised": [1e-9] * 5 + [0.4] * 5}
+    final = {"validation_by_timestep": [0.1 * i for i in range(1, 11)]}
+
+    def draw(lines, file):
+        draw_loss_by_timestep(lines, file, bounds, final)
+
+    monkeypatch.setitem(draw.__globals__, "matplotlib", draw_loss_by_timestep.__globals__["matplotlib"])
+    axes = drawn(monkeypatch, draw, told([1], lambda s: 1.0), tmp_path / "by_timestep.png")
+    curves = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    np.testing.assert_array_equal(curves["held-out pictures"], final["validation_by_timestep"])
+    np.testing.assert_array_equal(curves["best linear denoiser"], [0.5] * 9 + [math.nan])
+    np.testing.assert_array_equal(curves["memorised training set"], [math.nan] * 5 + [0.4] * 5)
+    assert axes.get_ylim()[0] > 1e-3
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_the_first_lines_of_a_run_can_be_drawn(tmp_path, count):
     lines = told(range(1, count + 1), lambda s: 1.0)
