@@ -19,6 +19,8 @@ def shown(text: str, limit: int = 100) -> str:
         The text with every character that cannot be printed (line breaks, escape sequences, marks that change the
         direction of writing, halves of surrogate pairs) written as in Python, such as \x1b.
     """
+    # Tokens of the Hub may stand in a file or a command by mistake; a message may be pasted anywhere.
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", text[: limit + 100]) + text[limit + 100 :]
     cut = text[:limit] + ("…" if len(text) > limit else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 

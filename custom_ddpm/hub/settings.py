@@ -105,7 +105,7 @@ def index_problem(index: Mapping[str, Any], skip: Sequence[str] = ()) -> str | N
     name = index.get("_class_name")
     if not (name in PIPELINE_CLASSES if isinstance(name, str) else name == OWN_PIPELINE):
         return f"_class_name is {shown_value(name)}, which is a class of neither custom-ddpm nor diffusers for pictures"
-    if not _is_own_code("unet", index.get("auto_map", {})):
+    if not is_own_code("unet", index.get("auto_map", {})):
         return f"auto_map names other code to load: {shown_value(index['auto_map'])}"
     for key, entry in {"unet": None, "scheduler": None, **index}.items():
         if key in OWN_CODE and key not in skip and component_class(key, entry) is None:
@@ -126,7 +126,7 @@ def index_problem(index: Mapping[str, Any], skip: Sequence[str] = ()) -> str | N
     return None
 
 
-def _is_own_code(place: str, auto_map: Any) -> bool:
+def is_own_code(place: str, auto_map: Any) -> bool:
     """Whether an auto_map, from which AutoModel takes the file to load, names the code of this package only."""
     return isinstance(auto_map, dict) and all(value == ".".join(OWN_CODE[place]) for value in auto_map.values())
 
@@ -139,7 +139,7 @@ def config_problem(place: str, config: Mapping[str, Any], cls: type) -> str | No
         config: content of the file.
         cls: class that it is for; the types are those of its constructor.
     """
-    if not _is_own_code(place, config.get("auto_map", {})):
+    if not is_own_code(place, config.get("auto_map", {})):
         return f"auto_map names other code to load: {shown_value(config['auto_map'])}"
     name = config.get("_class_name", OWN_CODE[place][1])
     known = isinstance(name, str) and component_class(place, ["diffusers", name]) is not None

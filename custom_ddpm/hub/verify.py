@@ -20,7 +20,7 @@ from .._version import __version__
 from ..messages import one_line, shown, shown_value
 from .errors import NETWORK_ERRORS, HubError, failure_reason
 from .folder import ModelFolder, judge_model
-from .settings import MAX_READ, read_json, size_problem
+from .settings import MAX_READ, is_own_code, read_json, size_problem
 
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 CODE = (".dll", ".dylib", ".ipynb", ".py", ".pyc", ".pyd", ".sh", ".so")
@@ -190,8 +190,8 @@ def _json_problems(path: Path) -> list[str]:
         return [f" {error}"]
     if not isinstance(config, dict):
         return []
-    if "auto_map" in config:
-        return [": auto_map names code to load"]
+    if not is_own_code("unet", config.get("auto_map", {})):
+        return [": auto_map names other code to load"]
     shards = config.get("weight_map")
     for shard in shards.values() if isinstance(shards, dict) else ():
         if not isinstance(shard, str) or _points_outside(shard):

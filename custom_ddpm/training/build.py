@@ -23,7 +23,7 @@ from .ema import PostHocEMA
 from .launch import command_line, get_logger
 from .loop import Loss
 from .metrics import MetricsLogger
-from .parts import build_ema, build_loss, build_model, build_optimizer, open_data
+from .parts import build_ema, build_loss, build_model, build_optimizer, describe_device, open_data
 from .preview import Preview
 from .sharding import local_part
 from .state import TrainingState, find_problem
@@ -129,6 +129,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
         ValueError, OSError: invalid settings, data or checkpoint; one line, before the first step.
     """
     data, validation_data = open_data(config, accelerator)
+    logger.info(describe_device(accelerator))
     logger.info(data.describe())
     torch.manual_seed(config.seed)
     config, unet, scheduler = build_model(config, data)

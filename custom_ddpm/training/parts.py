@@ -51,10 +51,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     )
     check_strategy(accelerator)
     if accelerator.device.type == "cpu":
-        threads = set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        logger.info(f"device: CPU, {accelerator.num_processes} x {threads} threads")
-    else:
-        logger.info(f"device: {accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}")
+        set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if accelerator.distributed_type == DistributedType.FSDP:
         # Otherwise accelerate keeps full gradients, in half precision, on every process until the last batch.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
@@ -73,6 +70,17 @@ def _check_trackers(names: list[str]) -> None:
             raise ValueError(f"--report_to is {name!r}; it must be one of {', '.join(['all', *known])}")
         if name not in ("all", *installed):
             raise ValueError(f"--report_to is {name!r}, which is not installed: pip install {name.replace('_', '-')}")
+
+
+def describe_device(accelerator: Accelerator) -> str:
+    """One line for the start of a run: processes, and what each computes on."""
+    device = accelerator.device
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type != "cpu":
+        name = device.type
+    return f"device: {accelerator.num_processes} x {name}"
 
 
 def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tuple[ImageData, ImageData | None]:

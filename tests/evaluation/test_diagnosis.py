@@ -132,7 +132,7 @@ SICK = {
     ),
     "laplace": ("x_T shows the picture", {"scheduler": CustomDDPMScheduler(beta_schedule="laplace")}),
     "few betas": ("x_T shows the picture", {"scheduler": CustomDDPMScheduler(200)}),
-    "leading, 501 steps": ("sampling starts too late", {"ddpm_num_inference_steps": 501}),
+    "leading, 4 steps": ("sampling starts too late", {"ddpm_num_inference_steps": 4}),
     "ten steps": ("too few sampling steps", {"ddpm_num_inference_steps": 10}),
     "one colour": ("drawn pictures look wrong", {"samples": torch.full((16, 1, 8, 8), 90, dtype=torch.uint8)}),
     "too bright": ("drawn pictures look wrong", {"samples": 200 + pictures() // 5}),
@@ -162,6 +162,7 @@ def test_every_finding_has_a_sickness_and_names_a_flag():
     assert {expected for expected, _ in SICK.values()} == {symptom.name for symptom in SYMPTOMS}
     assert {expected for expected, _ in SICK_RUNS.values()} >= {s.name for s in SYMPTOMS} - {
         "loss has stopped falling",
+        "sampling starts too late",  # not from flags: new runs sample with trailing timesteps
         "drawn pictures look wrong",
         "drawn pictures are noisy",
     }

@@ -30,7 +30,7 @@ MISSING = object()
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "model"
-    make_pipeline(channels=3, num_train_timesteps=STEPS).save_pretrained(folder)
+    make_pipeline(channels=3, num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2").save_pretrained(folder)
     return folder
 
 
@@ -108,7 +108,7 @@ ATTACKS = {
     "numbers as text": edit(UNET, in_channels="3"),
     "true for a number": edit(UNET, downsample_padding=True),
     "numbers of float64": edit(NOISE, clip_sample_range=1e308),
-    "betas below 0": edit(NOISE, beta_start=-1),
+    "betas below 0": edit(NOISE, beta_start=-1, beta_schedule="linear"),
     "a list in a list": edit(UNET, block_out_channels=[[8], [16]]),
     "null for a list": edit(UNET, down_block_types=None),
     "betas as text": edit(NOISE, trained_betas="0.1"),

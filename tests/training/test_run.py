@@ -970,7 +970,7 @@ def test_a_compiled_run_goes_on_uncompiled_and_the_other_way(tmp_path, monkeypat
 def test_the_closing_words_print_python_that_means_the_names(name, tmp_path):
     folder = tmp_path / 'a "quoted" folder'
     ended = types.SimpleNamespace(output_dir=folder, data=types.SimpleNamespace(id2label={0: name}))
-    words = run_module._closing_words(ended)
+    words = run_module._final_message(ended)
     assert len(words) < 2000 and all(line.isprintable() for line in words.splitlines())
     lines = [line.strip() for line in words.splitlines() if line.strip().startswith("pipeline")]
     texts = [node.value for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Constant)]
