@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 GROUPS = {
+    "recipe": "the settings that are not given",
     "data": "pictures and labels",
     "model": "the U-Net",
     "diffusion": "the forward process and what the model predicts",
@@ -27,20 +28,39 @@ GROUPS = {
 }
 
 
-def _flag(group: str, default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
-    metadata = {"group": group, "help": help, "choices": None if choices is None else tuple(choices)}
+def _flag(group: str, default: Any, help: str, choices: Iterable[str] | None = None, by_recipe: bool = False) -> Any:
+    metadata = {
+        "group": group,
+        "help": help,
+        "choices": None if choices is None else tuple(choices),
+        "by_recipe": by_recipe,
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _chosen(group: str, help: str, choices: Iterable[str] | None = None) -> Any:
+    """A setting that --recipe chooses: None until then, and of its type from then on."""
+    return _flag(group, None, help, choices, by_recipe=True)
 
 
 @dataclass
 class TrainingConfig:
     """Settings of a training run; each field is documented by the flag of its name (`train_ddpm.py --help`).
 
+    A setting that is None is chosen by the recipe when the data are known (`recipe.complete`).
+
     Raises:
         ValueError: a value out of range, or values that contradict each other; one line, with the flag's name.
     """
+
+    recipe: Literal["default", "stock", "ddpm"] = _flag(
+        "recipe",
+        "default",
+        "what chooses the settings that are not given: default, for the best pictures in little time; stock, as "
+        "diffusers' train_unconditional.py; ddpm, as Ho et al. 2020",
+    )
 
     dataset_name: str | None = _flag("data", None, "dataset on the Hub, or path of a local dataset folder or file")
     dataset_config_name: str | None = _flag("data", None, "configuration of that dataset")
@@ -56,7 +76,7 @@ class TrainingConfig:
         "data", None, "colour mode; if not given gray pictures stay gray (one channel) and all others become RGB"
     )
     background: str = _flag("data", "white", "colour behind transparent pixels: a name or #rrggbb")
-    resolution: list[int] = _flag("data", [64], "size of the pictures in pixels: one side, or height and width")
+    resolution: list[int] = _chosen("data", "size of the pictures in pixels: one side, or height and width")
     center_crop: bool = _flag(
         "data", False, "crop the centre instead of a random part of pictures with another aspect ratio"
     )
@@ -69,32 +89,32 @@ class TrainingConfig:
     init_from: str | None = _flag(
         "model", None, "pipeline to start from (ours or a stock DDPM): folder or Hub repository"
     )
-    block_out_channels: list[int] = _flag("model", [64, 128, 256, 256], "channels at each level of the U-Net")
+    block_out_channels: list[int] = _chosen("model", "channels at each level of the U-Net")
+    patch_size: int = _chosen(
+        "model", "side of the patches of pixels that become one position of the first level (space-to-depth)"
+    )
     down_block_types: list[str] | None = _flag(
         "model",
         None,
         "DownBlock2D or AttnDownBlock2D for each level; if not given, attention where a level has 16x16 or less",
     )
-    layers_per_block: int = _flag("model", 2, "residual blocks at each level")
+    layers_per_block: int = _chosen("model", "residual blocks at each level")
     attention_head_dim: int | None = _flag("model", None, "channels of an attention head; one head if not given")
-    norm_num_groups: int = _flag("model", 32, "groups of the group normalisation")
-    dropout: float = _flag("model", 0.0, "dropout probability in the residual blocks")
-    class_conditional: bool = _flag("model", False, "condition the model on the labels of the dataset")
+    norm_num_groups: int = _chosen("model", "groups of the group normalisation")
+    dropout: float = _chosen("model", "dropout probability in the residual blocks")
+    class_conditional: bool = _chosen("model", "condition the model on the labels of the dataset")
     label_dropout: float = _flag(
         "model", 0.1, "probability of dropping a label, which makes guidance possible; with --class_conditional only"
     )
 
     ddpm_num_steps: int = _flag("diffusion", 1000, "T, steps of the forward process")
-    ddpm_beta_schedule: str = _flag(
+    ddpm_beta_schedule: str = _chosen(
         "diffusion",
-        "linear",
         "beta schedule; keeps its shape when T is not 1000",
         ("linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2", "laplace", "exp"),
     )
     rescale_betas_zero_snr: bool = _flag("diffusion", False, "rescale the betas to zero terminal SNR")
-    prediction_type: str = _flag(
-        "diffusion", "epsilon", "what the model predicts", ("epsilon", "sample", "v_prediction")
-    )
+    prediction_type: str = _chosen("diffusion", "what the model predicts", ("epsilon", "sample", "v_prediction"))
     variance_type: str = _flag(
         "diffusion",
         "fixed_small",
@@ -107,30 +127,31 @@ class TrainingConfig:
         "simple",
         "simple: L_simple of the paper; vlb: the variational bound; hybrid: both (for learned variances)",
     )
-    loss_weighting: Literal["uniform", "min_snr", "p2"] = _flag(
-        "objective", "uniform", "weight of L_simple at each timestep"
-    )
+    loss_weighting: Literal["uniform", "min_snr", "p2"] = _chosen("objective", "weight of L_simple at each timestep")
     snr_gamma: float = _flag("objective", 5.0, "gamma of the min_snr weighting")
-    timestep_sampling: Literal["uniform", "importance"] = _flag(
+    timestep_sampling: Literal["uniform", "stratified", "importance"] = _chosen(
         "objective",
-        "uniform",
-        "distribution of t; importance: by its share of the variational bound (for --loss_type vlb)",
+        "distribution of t; stratified: evenly spaced in a batch; importance: by its share of the variational bound "
+        "(for --loss_type vlb)",
     )
 
-    train_batch_size: int = _flag("optimiser", 16, "pictures in a batch, for each process")
+    train_batch_size: int = _chosen("optimiser", "pictures in a batch, for each process")
     gradient_accumulation_steps: int = _flag("optimiser", 1, "batches in an optimiser step, for each process")
-    num_epochs: int = _flag("optimiser", 100, "passes over the dataset; unused if --max_train_steps is given")
+    time_budget: float | None = _flag(
+        "optimiser", None, "minutes for the whole run: the number of optimiser steps is chosen by their measured speed"
+    )
+    num_epochs: int | None = _flag("optimiser", None, "passes over the dataset")
     max_train_steps: int | None = _flag("optimiser", None, "optimiser steps of the whole run")
     max_train_time: float | None = _flag("optimiser", None, "minutes after which the run saves a checkpoint and ends")
-    learning_rate: float = _flag("optimiser", 1e-4, "peak learning rate")
+    learning_rate: float = _chosen("optimiser", "peak learning rate")
     lr_scheduler: str = _flag(
         "optimiser",
         "cosine",
         "learning rate schedule, in optimiser steps",
         ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     )
-    lr_warmup_steps: int = _flag("optimiser", 500, "optimiser steps of warm-up")
-    adam_beta1: float = _flag("optimiser", 0.95, "beta1 of AdamW")
+    lr_warmup_steps: int = _chosen("optimiser", "optimiser steps of warm-up")
+    adam_beta1: float = _chosen("optimiser", "beta1 of AdamW")
     adam_beta2: float = _flag("optimiser", 0.999, "beta2 of AdamW")
     adam_weight_decay: float = _flag("optimiser", 1e-6, "weight decay of AdamW")
     adam_epsilon: float = _flag("optimiser", 1e-8, "epsilon of AdamW")
@@ -147,15 +168,16 @@ class TrainingConfig:
         "averaging", None, "optimiser steps between snapshots for averages of any length after the run"
     )
 
-    save_images_steps: int = _flag("sampling", 1000, "optimiser steps between sample grids")
-    eval_batch_size: int = _flag("sampling", 16, "pictures in a sample grid")
-    ddpm_num_inference_steps: int | None = _flag("sampling", None, "sampling steps of the grids; all T if not given")
-    guidance_scale: float = _flag(
-        "sampling", 1.0, "classifier-free guidance of the grids, for class-conditional models"
+    save_images_steps: int = _chosen("sampling", "optimiser steps between sample grids")
+    eval_batch_size: int = _chosen("sampling", "pictures in a sample grid")
+    preview_sampler: Literal["ddpm", "dpmsolver++"] = _chosen(
+        "sampling", "sampler of the grids: the reverse process as it was trained, or DPM-Solver++ for few steps"
     )
+    ddpm_num_inference_steps: int = _chosen("sampling", "sampling steps of the grids")
+    guidance_scale: float = _chosen("sampling", "classifier-free guidance of the grids, for class-conditional models")
 
     output_dir: str = _flag("checkpoints", "ddpm-model", "folder of the run")
-    checkpointing_steps: int = _flag("checkpoints", 500, "optimiser steps between checkpoints")
+    checkpointing_steps: int = _chosen("checkpoints", "optimiser steps between checkpoints")
     checkpoints_total_limit: int | None = _flag("checkpoints", None, "how many checkpoints to keep; all if not given")
     resume_from_checkpoint: str | None = _flag("checkpoints", None, "checkpoint to resume from: its path, or latest")
 
@@ -167,8 +189,8 @@ class TrainingConfig:
         "running", None, "precision of the model's arithmetic; as accelerate is configured if not given"
     )
     gradient_checkpointing: bool = _flag("running", False, "recompute activations to save memory")
-    channels_last: bool = _flag("running", False, "memory layout that is faster on GPUs with bf16 or fp16")
-    torch_compile: bool = _flag("running", False, "compile the model")
+    channels_last: bool = _chosen("running", "memory layout that is faster on GPUs with bf16 or fp16")
+    torch_compile: bool = _chosen("running", "compile the model")
     allow_tf32: bool = _flag("running", True, "use TF32 on GPUs that have it")
     logging_steps: int = _flag("running", 50, "optimiser steps between lines of metrics")
     report_to: list[str] = _flag("running", [], "trackers to log to besides the output folder: tensorboard, wandb, ...")
@@ -193,9 +215,11 @@ class TrainingConfig:
 AT_LEAST_ONE = (
     "train_batch_size gradient_accumulation_steps num_epochs max_train_steps ddpm_num_steps layers_per_block "
     "checkpointing_steps checkpoints_total_limit save_images_steps eval_batch_size ddpm_num_inference_steps "
-    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps"
+    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps patch_size"
 ).split()
-POSITIVE = "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time".split()
+POSITIVE = (
+    "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time time_budget".split()
+)
 NOT_NEGATIVE = "lr_warmup_steps adam_weight_decay dataloader_num_workers seed".split()
 FRACTIONS = "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()
 
@@ -214,22 +238,25 @@ def _range_checks(config: TrainingConfig) -> Iterable[Check]:
         value = getattr(config, name)
         yield name, value is None or (value > 0 and not math.isnan(value)), "it must be more than 0"
     for name in NOT_NEGATIVE:
-        yield name, getattr(config, name) >= 0, "it must not be negative"
+        value = getattr(config, name)
+        yield name, value is None or value >= 0, "it must not be negative"
     for name in FRACTIONS:
-        yield name, 0 <= getattr(config, name) < 1, "it must be in [0, 1)"
+        value = getattr(config, name)
+        yield name, value is None or 0 <= value < 1, "it must be in [0, 1)"
     sides = config.resolution
-    right = len(sides) in (1, 2) and all(side >= 1 for side in sides)
+    right = sides is None or (len(sides) in (1, 2) and all(side >= 1 for side in sides))
     yield "resolution", right, "it must be one or two numbers of at least 1"
     yield "background", _is_colour(config.background), "it must be a colour, such as white or #ff8800"
 
 
 def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
-    """Rules that concern several settings."""
+    """Rules that concern several settings; one that the recipe has still to choose breaks none."""
     channels, groups = config.block_out_channels, config.norm_num_groups
-    yield "block_out_channels", len(channels) >= 1, "it must have a number for each level"
-    fits = all(width >= 1 and width % max(1, groups) == 0 for width in channels)
-    yield "block_out_channels", fits, f"each must be a multiple of --norm_num_groups, {groups}"
-    if config.down_block_types is not None:
+    if channels is not None:
+        yield "block_out_channels", len(channels) >= 1, "it must have a number for each level"
+        fits = all(width >= 1 and (groups is None or width % max(1, groups) == 0) for width in channels)
+        yield "block_out_channels", fits, f"each must be a multiple of --norm_num_groups, {groups}"
+    if config.down_block_types is not None and channels is not None:
         known = set(config.down_block_types) <= {"DownBlock2D", "AttnDownBlock2D"}
         rule = f"it must name DownBlock2D or AttnDownBlock2D for each of the {len(channels)} levels"
         yield "down_block_types", known and len(config.down_block_types) == len(channels), rule
@@ -252,9 +279,12 @@ def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
     steps = config.ddpm_num_inference_steps
     rule = f"it must not be more than --ddpm_num_steps, {config.ddpm_num_steps}"
     yield "ddpm_num_inference_steps", steps is None or steps <= config.ddpm_num_steps, rule
-    guided = config.class_conditional and config.label_dropout > 0
+    guided = config.class_conditional is not False and config.label_dropout > 0
     rule = "guidance needs --class_conditional and --label_dropout above 0"
-    yield "guidance_scale", config.guidance_scale == 1.0 or guided, rule
+    yield "guidance_scale", config.guidance_scale in (None, 1.0) or guided, rule
+    lengths = [name for name in ("time_budget", "max_train_steps", "num_epochs") if getattr(config, name) is not None]
+    several = "time_budget" in lengths and len(lengths) > 1 and not config.resume_from_checkpoint
+    yield "time_budget", not several, f"it chooses the number of steps: leave out --{lengths[-1]}" if lengths else ""
 
 
 def _is_colour(name: str) -> bool:

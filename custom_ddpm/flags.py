@@ -66,7 +66,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         kind, is_list = value_type(spec.name)
         default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
         options: dict[str, Any] = {"default": default, "dest": spec.name}
-        options["help"] = (spec.metadata["help"] + _default_text(default)).replace("%", "%%")
+        text = " (default: by --recipe)" if spec.metadata["by_recipe"] else _default_text(default)
+        options["help"] = (spec.metadata["help"] + text).replace("%", "%%")
         group, flag = groups[spec.metadata["group"]], f"--{spec.name}"
         if kind is bool:
             group.add_argument(flag, type=_boolean, nargs="?", const=True, metavar="true|false", **options)

@@ -238,7 +238,8 @@ def _check_arguments(config: Any) -> None:
             raise ValueError(message)
 
     channels, groups, mid_groups = config.block_out_channels, config.norm_num_groups, config.attn_norm_num_groups
-    for name in "in_channels out_channels layers_per_block attention_head_dim norm_num_groups num_class_embeds".split():
+    at_least_one = "in_channels out_channels layers_per_block attention_head_dim norm_num_groups num_class_embeds"
+    for name in f"{at_least_one} patch_size".split():
         require(config[name] is None or config[name] >= 1, f"{name} must be at least 1, got {config[name]}")
     for name, known in BLOCK_TYPES.items():
         types = config[name]
@@ -363,6 +364,9 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: "default" or "scale_shift", see `ResidualBlock`.
         add_attention: whether the middle block has self-attention.
         num_class_embeds: number of class embeddings for class-conditional prediction; None for an unconditional model.
+        patch_size: side of the square patches of pixels that become the channels of one position (space-to-depth)
+            before the first convolution, and pixels again after the last: the levels then work at 1/patch_size of the
+            resolution. `UNet2DModel` does not have it: with more than 1 the model cannot be converted.
         **kwargs: the other arguments of `UNet2DModel`, such as `act_fn`, at their defaults only.
 
     Raises:
@@ -399,6 +403,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: str = "default",
         add_attention: bool = True,
         num_class_embeds: int | None = None,
+        patch_size: int = 1,
         **kwargs: Any,
     ):
         super().__init__()
@@ -407,14 +412,14 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         _refuse_other_settings(kwargs)
         _check_arguments(self.config)
         channels, embedding_dim = block_out_channels[0], 4 * block_out_channels[0]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels, embedding_dim)
         self.class_embedding = nn.Embedding(num_class_embeds, embedding_dim) if num_class_embeds is not None else None
         self.down_blocks, skip_channels = _build_down_blocks(self.config)
         self.mid_block = _build_mid_block(self.config)
         self.up_blocks = _build_up_blocks(self.config, skip_channels)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1)
         self._init_weights()
 
     @classmethod
@@ -463,7 +468,12 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         """Convert to diffusers' class: same configuration, copied tensors, same device, dtypes and mode.
 
         `UNet2DModel` does not pad: it accepts only heights and widths that are multiples of 2^(levels − 1).
+
+        Raises:
+            ValueError: `patch_size` is more than 1, which `UNet2DModel` does not have.
         """
+        if self.config.patch_size > 1:
+            raise ValueError(f"UNet2DModel has no patch_size; this model's is {self.config.patch_size}")
         return _convert(UNet2DModel, self)
 
     def _init_weights(self) -> None:
@@ -510,7 +520,8 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         height, width = sample.shape[2:]
         sample, top, left = self._pad(sample)
 
-        sample = self.conv_in(sample)
+        patch_size = self.config.patch_size
+        sample = self.conv_in(F.pixel_unshuffle(sample, patch_size) if patch_size > 1 else sample)
         skips = [sample]
         for block in self.down_blocks:
             skips += block(skips[-1], emb)
@@ -519,6 +530,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         for block in self.up_blocks:
             sample, skips = block(sample, skips[-layers:], emb), skips[:-layers]
         sample = self.conv_out(F.silu(self.conv_norm_out(sample)))
+        sample = F.pixel_shuffle(sample, patch_size) if patch_size > 1 else sample
 
         if sample.shape[2:] != (height, width):
             sample = sample[:, :, top : top + height, left : left + width]
@@ -528,8 +540,8 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         """Raise ValueError for inputs that do not match; returns the timestep as a tensor."""
-        if sample.ndim != 4 or sample.shape[1] != self.conv_in.in_channels:
-            raise ValueError(f"sample must be (B, {self.conv_in.in_channels}, H, W), got {tuple(sample.shape)}")
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(f"sample must be (B, {self.config.in_channels}, H, W), got {tuple(sample.shape)}")
         batch_size = len(sample)
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.full((batch_size,), timestep, dtype=torch.float32, device=sample.device)
@@ -555,12 +567,12 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         return F.silu(emb)
 
     def _pad(self, sample: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-        """Pad height and width to multiples of 2^(levels − 1); returns the sample and its top and left padding.
+        """Pad height and width to multiples of patch_size · 2^(levels − 1); returns the sample, top and left padding.
 
         The border is replicated, since this keeps the brightness and the noise level in the statistics of the group
         norms (zeros would reduce both) and works for any size (reflection needs less padding than image).
         """
-        stride = 2 ** (len(self.down_blocks) - 1)
+        stride = self.config.patch_size * 2 ** (len(self.down_blocks) - 1)
         extra_height, extra_width = ((side + stride - 1) // stride * stride - side for side in sample.shape[2:])
         top, left = extra_height // 2, extra_width // 2
         if extra_height or extra_width:

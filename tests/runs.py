@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "examples" / "digits")
 SCRIPT = str(ROOT / "train_ddpm.py")
 TINY = {
+    "recipe": "stock",
     "dataset_name": DIGITS,
     "resolution": [8],
     "block_out_channels": [8, 16],

@@ -80,6 +80,24 @@ def find_label_column(features: datasets.Features, name: str | None) -> str:
     return _column(features, "label_column", name, found, classes + plain)
 
 
+def usable_label_column(dataset: datasets.Dataset | datasets.IterableDataset) -> str | None:
+    """The column of labels of a dataset whose owner did not ask for classes; None if there is none that makes sense.
+
+    There must be one suitable column, as `find_label_column` takes it; in a dataset that is no stream, every picture
+    must have a label, there must be two classes or more, and ten pictures or more for each on average.
+    """
+    assert dataset.features is not None
+    try:
+        column = find_label_column(dataset.features, None)
+    except ValueError:
+        return None
+    if isinstance(dataset, datasets.IterableDataset):
+        return column if isinstance(dataset.features[column], datasets.ClassLabel) else None
+    values = dataset.unique(column)
+    usable = None not in values and 2 <= len(values) <= len(dataset) / 10
+    return column if usable else None
+
+
 def _has_type(feature: Any, *types: str) -> bool:
     """Whether a feature is a scalar of one of these types, of any width."""
     return isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_").startswith(types)

@@ -26,6 +26,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 
 
+LARGEST_NATURAL = 64  # pixels of a side; larger pictures are resized unless a resolution is given
+
+
 class UnreadableImageError(ValueError):
     """A row that contains no image, or an image that cannot be decoded."""
 
@@ -146,3 +149,34 @@ class Transform:
             raise UnreadableImageError(f"no readable image ({cause}); --on_bad_image skip leaves it out") from error
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
         return found.mode, np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def natural_resolution(dataset: datasets.Dataset | datasets.IterableDataset, column: str) -> tuple[int, int]:
+    """The size to train at where none is given, from up to 16 pictures spread over the dataset (a stream's first one).
+
+    The size that all of them have, if no side has more than 64 pixels; otherwise a square of 64 pixels, or as many as
+    the shorter side of the middle one of them has, in whole eights.
+
+    Returns:
+        Height and width in pixels; 64 and 64 if none of the pictures is readable.
+    """
+    encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    if isinstance(encoded, datasets.IterableDataset):
+        rows = list(encoded.take(1))
+    else:
+        places = sorted({i * len(encoded) // 16 for i in range(16)} & set(range(len(encoded))))
+        rows = [encoded[i] for i in places]
+    sizes = []
+    for row in rows:
+        try:
+            found = datasets.Image().decode_example(row[column])
+        except Exception:
+            continue
+        sizes.append((found.height, found.width))
+    if not sizes:
+        return LARGEST_NATURAL, LARGEST_NATURAL
+    if len(set(sizes)) == 1 and max(sizes[0]) <= LARGEST_NATURAL:
+        return sizes[0]
+    shorter = sorted(min(size) for size in sizes)[len(sizes) // 2]
+    side = max(8, min(LARGEST_NATURAL, shorter) // 8 * 8)
+    return side, side

@@ -17,8 +17,8 @@ from .base import ImageData, Request
 from .cache import CachedImages
 from .folder import Folder, list_folder
 from .folder_dataset import open_folder
-from .labels import find_image_column, find_label_column
-from .pixels import MODES, Transform
+from .labels import find_image_column, find_label_column, usable_label_column
+from .pixels import MODES, Transform, natural_resolution
 from .stream import StreamedImages
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -123,7 +123,7 @@ def _check_arguments(
     background: str,
     seed: int,
     label_column: str | None,
-    class_conditional: bool,
+    class_conditional: bool | None,
 ) -> None:
     """Raise ValueError for the first invalid argument of `open_images`."""
     if image_mode not in (None, *MODES.values()):
@@ -136,8 +136,21 @@ def _check_arguments(
         raise ValueError(f"background must be the name of a colour or #rrggbb, not {background!r}") from error
     if seed < 0:
         raise ValueError(f"seed must not be negative, not {seed}")
-    if label_column is not None and not class_conditional:
+    if label_column is not None and class_conditional is False:
         raise ValueError(f"label_column {label_column!r} requires class_conditional")
+
+
+def _label_column(
+    dataset: AnyDataset, name: str | None, class_conditional: bool | None, notes: list[str]
+) -> str | None:
+    """The column of labels, or None; a choice that was left to the data is noted for the log."""
+    if class_conditional is False:
+        return None
+    if class_conditional is None and name is None:
+        name = usable_label_column(dataset)
+        notes += [f"the labels of the column {name} are used; --no_class_conditional leaves them out"] * bool(name)
+        return name
+    return find_label_column(dataset.features, name)
 
 
 def _names_full_disk(function: Callable[..., ImageData]) -> Callable[..., ImageData]:
@@ -174,12 +187,12 @@ def open_images(
     streaming: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
-    class_conditional: bool = False,
+    class_conditional: bool | None = False,
     id2label: Mapping[int, str] | None = None,
     on_bad_image: Literal["raise", "skip"] = "raise",
     image_mode: str | None = None,
     background: str = "white",
-    resolution: int | Sequence[int],
+    resolution: int | Sequence[int] | None,
     center_crop: bool = False,
     num_workers: int = 0,
     seed: int = 0,
@@ -195,12 +208,13 @@ def open_images(
         split: split expression such as "train[:90%]" (streams of datasets: names only, such as "train+test").
         streaming: whether to decode the images at every visit instead of caching them.
         image_column, label_column: chosen by type if None, see `find_image_column`, `find_label_column`.
-        class_conditional: whether to read labels. Those that occur are numbered 0 … K-1 without gaps.
+        class_conditional: whether to read labels. Those that occur are numbered 0 … K-1 without gaps. None: if there
+            are labels, see `labels.usable_label_column`.
         id2label: numbering to use instead; for a held-out split that of the training split, with its `mode`.
         on_bad_image: for a row without a readable image: "raise" an error that names it, or "skip" it.
         image_mode: "L", "RGB" or "RGBA", or None for the rules in `custom_ddpm.data.pixels`.
         background: colour under transparent pixels: any name or #rrggbb known to Pillow.
-        resolution: side, or (height, width), in pixels.
+        resolution: side, or (height, width), in pixels; None: see `pixels.natural_resolution`.
         center_crop: whether to crop at the centre (recommended for a held-out split) instead of at random.
         num_workers: number of processes that decode; 0: the calling process.
         seed: seed of the order and of the random crops, >= 0.
@@ -208,13 +222,14 @@ def open_images(
     Raises:
         ValueError: one line with the argument, its value and what is valid.
     """
-    transform = Transform(*_height_width(resolution), center_crop, image_mode, background)
+    size = None if resolution is None else _height_width(resolution)
     _check_arguments(image_mode, on_bad_image, background, seed, label_column, class_conditional)
     options: dict[str, Any] = {"name": dataset_config_name, "revision": dataset_revision, "split": split}
     options |= {"cache_dir": cache_dir, "streaming": streaming}
-    dataset, notes = _open(dataset_name, train_data_dir, class_conditional, label_column, options)
+    dataset, notes = _open(dataset_name, train_data_dir, bool(class_conditional), label_column, options)
     image_column = find_image_column(dataset.features, image_column)
-    label_column = find_label_column(dataset.features, label_column) if class_conditional else None
+    label_column = _label_column(dataset, label_column, class_conditional, notes)
+    transform = Transform(*(size or natural_resolution(dataset, image_column)), center_crop, image_mode, background)
     request = Request(image_column, label_column, id2label, seed, num_workers, on_bad_image == "skip")
     folder = os.fspath(train_data_dir) if train_data_dir else None
     source = [dataset_name, folder, dataset_config_name, dataset_revision, split]

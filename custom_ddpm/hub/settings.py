@@ -34,6 +34,7 @@ MAX_VALUES = {  # the largest value of a setting of the U-Net; for a list, of ea
     "norm_num_groups": 65536,
     "attn_norm_num_groups": 65536,
     "num_class_embeds": 10_000_000,
+    "patch_size": 64,
     "num_train_timesteps": MAX_NUMBER,
 }
 OWN_CODE = {

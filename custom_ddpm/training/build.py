@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from ..data.base import ImageData
 from ..hub.push import BackgroundPush
 from ..likelihood import ImportanceSampler
 from ..messages import one_line
+from ..recipe import before_data, complete_length
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
+from .budget import plan, seconds_per_step
 from .checkpoint import delete_checkpoint, differing_settings, find_checkpoint
 from .ema import PostHocEMA
 from .launch import command_line, get_logger
 from .loop import Loss
 from .metrics import MetricsLogger
-from .parts import build_ema, build_loss, build_model, build_optimizer, describe_device, open_data
+from .parts import build_ema, build_loss, build_model, build_optimizer, describe_device, fast_sampler, open_data
 from .preview import Preview
 from .sharding import local_part
 from .state import TrainingState, find_problem
@@ -33,7 +36,7 @@ logger = get_logger(__name__)
 CONFIG_FILE = "training_config.yaml"
 # Settings that must be those of the checkpoint that a run resumes from, besides the dataset.
 FIXED_SETTINGS = (
-    "resolution block_out_channels down_block_types layers_per_block attention_head_dim norm_num_groups "
+    "resolution block_out_channels patch_size down_block_types layers_per_block attention_head_dim norm_num_groups "
     "class_conditional label_dropout ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr prediction_type "
     "variance_type timestep_sampling use_ema posthoc_ema_steps init_from seed"
 ).split()
@@ -103,6 +106,7 @@ def _max_train_steps(config: TrainingConfig, data: ImageData, global_batch: int,
         return config.max_train_steps
     if data.num_images is None:
         raise ValueError("--max_train_steps is needed with --streaming: the length of a stream is not known")
+    assert config.num_epochs is not None  # one of the three lengths is given, or chosen
     return step + math.ceil((config.num_epochs * data.num_images - samples_seen) / global_batch)
 
 
@@ -117,6 +121,19 @@ def _build_lr_scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer
     return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
 
+def _with_choices_of(config: TrainingConfig, metadata: Mapping[str, Any]) -> TrainingConfig:
+    """The settings that are not given as the checkpoint's run had them: another machine would choose others."""
+    saved = metadata.get("settings")
+    saved = saved if isinstance(saved, dict) else {}
+    names = [spec.name for spec in dataclasses.fields(config) if spec.metadata["by_recipe"]]
+    if config.time_budget is config.max_train_steps is config.num_epochs is None:
+        names += ["time_budget", "max_train_steps", "num_epochs"]
+    elif config.time_budget is not None and config.time_budget == saved.get("time_budget"):
+        names.append("max_train_steps")
+    found = {name: saved[name] for name in names if getattr(config, name) is None and saved.get(name) is not None}
+    return dataclasses.replace(config, **found)
+
+
 def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed | None) -> Run:
     """Build everything that a run consists of. The output folder must be locked.
 
@@ -128,24 +145,34 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     Raises:
         ValueError, OSError: invalid settings, data or checkpoint; one line, before the first step.
     """
+    config = before_data(config if resumed is None else _with_choices_of(config, resumed[1]))
     data, validation_data = open_data(config, accelerator)
     logger.info(describe_device(accelerator))
     logger.info(data.describe())
     torch.manual_seed(config.seed)
-    config, unet, scheduler = build_model(config, data)
+    config, unet, scheduler = build_model(config, data, accelerator.device.type)
     memory_format = _apply_memory_settings(config, unet, accelerator)
 
     importance = config.timestep_sampling == "importance"
     sampler = ImportanceSampler(len(scheduler)).to(accelerator.device) if importance else None
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-    settings = {**dataclasses.asdict(config), "dataset": data.fingerprint, "global_batch": global_batch}
+    facts = {"dataset": data.fingerprint, "global_batch": global_batch}
     if resumed is not None:
+        settings = {**dataclasses.asdict(config), **facts}
         resumed = _usable_checkpoint(resumed, config, settings, unet, sampler, accelerator)
     first_step, first_sample = (resumed[1]["step"], resumed[1]["samples_seen"]) if resumed else (0, 0)
-    max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)
     optimizer = build_optimizer(config, unet)
-    lr_scheduler = _build_lr_scheduler(config, optimizer, max_train_steps)
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
+    loss, loop_options = build_loss(config), _loop_options(config, data, sampler, memory_format)
+    if config.max_train_steps is None and config.time_budget is not None:
+        seconds = seconds_per_step(
+            model, scheduler, prepared_optimizer, data, accelerator, loss, config.train_batch_size, loop_options
+        )
+        config = plan(config, data, seconds, accelerator.num_processes)
+    max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)
+    config = complete_length(config, max_train_steps)
+    settings = {**dataclasses.asdict(config), **facts}
+    lr_scheduler = _build_lr_scheduler(config, optimizer, max_train_steps)
     state = _build_state(config, accelerator, unet, optimizer, sampler)
     if resumed is not None:
         _resume(resumed, settings, state, lr_scheduler)
@@ -162,14 +189,14 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         lr_scheduler=lr_scheduler,
-        loss=build_loss(config),
+        loss=loss,
         state=state,
         data=data,
         batch_size=config.train_batch_size,
         first_step=first_step,
         first_sample=first_sample,
         max_train_steps=max_train_steps,
-        loop_options=_loop_options(config, data, state, memory_format),
+        loop_options=loop_options,
         metrics=metrics,
         preview=_build_preview(config, accelerator, state, scheduler, metrics, data, validation_data),
         settings=settings,
@@ -202,11 +229,12 @@ def _build_state(
 
 
 def _loop_options(
-    config: TrainingConfig, data: ImageData, state: TrainingState, memory_format: torch.memory_format
+    config: TrainingConfig, data: ImageData, sampler: ImportanceSampler | None, memory_format: torch.memory_format
 ) -> dict[str, Any]:
     return {
         "seed": config.seed,
-        "timestep_sampler": state.sampler,
+        "timestep_sampler": sampler,
+        "stratified": config.timestep_sampling == "stratified",
         "random_flip": config.random_flip,
         "label_dropout": config.label_dropout,
         "null_label": len(data.id2label or ()),
@@ -308,6 +336,7 @@ def _build_preview(
         id2label=data.id2label,
         seeds=[config.seed + i for i in range(config.eval_batch_size)],
         batch_size=config.train_batch_size,
+        sampler=scheduler if config.preview_sampler == "ddpm" else fast_sampler(scheduler),
         sampling_options=sampling_options,
         validation_data=validation_data,
         facts={

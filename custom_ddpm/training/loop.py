@@ -42,6 +42,7 @@ def training_steps(
     first_step: int = 0,
     seed: int = 0,
     timestep_sampler: Any = None,
+    stratified: bool = False,
     random_flip: bool = False,
     label_dropout: float = 0.0,
     null_label: int = 0,
@@ -59,6 +60,7 @@ def training_steps(
         loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
         max_train_steps, first_step: optimiser steps of the whole run, and those done before.
         seed, timestep_sampler: seed of the random draws (`randomness.draw`), and what draws t (None: uniform).
+        stratified: whether the timesteps of a global batch are evenly spaced rather than independent.
         random_flip: whether pictures are flipped left-right at random.
         label_dropout, null_label: probability of replacing a label by `null_label`, for classifier-free guidance.
         max_grad_norm, memory_format: norm that gradients are clipped to; memory layout of x_t.
@@ -70,7 +72,9 @@ def training_steps(
             images, labels = next(batches)
             first = (batch * accelerator.num_processes + accelerator.process_index) * len(images)
             positions = range(first, first + len(images))  # in the global batch
-            draws = draw(seed, step, positions, images.shape[1:], accelerator.device)
+            global_batch = len(images) * accelerator.num_processes * accelerator.gradient_accumulation_steps
+            strata = global_batch if stratified else None
+            draws = draw(seed, step, positions, images.shape[1:], accelerator.device, strata)
 
             x_0 = _flipped(normalise(images.to(accelerator.device, non_blocking=True)), draws, random_flip)
             t, weights = timestep_sampler.sample(draws.timestep)

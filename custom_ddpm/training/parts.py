@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel
 
 from ..config import TrainingConfig
@@ -21,6 +22,7 @@ from ..data.folder_dataset import overlap
 from ..data.sources import open_images
 from ..objective import diffusion_loss
 from ..pipelines import CustomDDPMPipeline
+from ..recipe import Facts, complete
 from ..scheduler import CustomDDPMScheduler
 from ..schedules import BETA_RANGES, BETA_SCHEDULES, make_betas, resample_betas
 from ..unet import CustomUNet2DModel
@@ -93,7 +95,7 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
         "label_column": config.label_column,
         "class_conditional": config.class_conditional,
         "background": config.background,
-        "resolution": config.resolution if len(config.resolution) == 2 else config.resolution[0],
+        "resolution": config.resolution,
         "streaming": config.streaming,
         "on_bad_image": config.on_bad_image,
         "num_workers": config.dataloader_num_workers,
@@ -109,6 +111,7 @@ def open_data(config: TrainingConfig, state: Accelerator | PartialState) -> tupl
         validation = None
         if config.validation_split is not None:
             held_out = {**options, "id2label": data.id2label, "center_crop": True, "image_mode": data.mode}
+            held_out |= {"resolution": (data.height, data.width), "class_conditional": data.id2label is not None}
             validation = open_images(split=config.validation_split, **held_out)
             data.notes = list(dict.fromkeys([*data.notes, *validation.notes]))
             if folder is not None and (both := overlap(config.split, config.validation_split, len(folder.pictures))):
@@ -146,15 +149,22 @@ def _make_scheduler(
     )
 
 
+def fast_sampler(scheduler: CustomDDPMScheduler) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095) on the noise schedule of a scheduler."""
+    return DPMSolverMultistepScheduler.from_config(
+        scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
+    )
+
+
 def _sample_size(data: ImageData) -> int | tuple[int, int]:
     return data.height if data.height == data.width else (data.height, data.width)
 
 
 def build_unet(config: TrainingConfig, data: ImageData) -> CustomUNet2DModel:
-    """A new U-Net; by default with attention at levels of 16x16 pixels or less, as in the paper."""
-    height, width = data.height, data.width
+    """A new U-Net; by default with attention at levels of 16x16 positions or less, as in the paper."""
+    height, width, attended = data.height, data.width, 16
     down_block_types = config.down_block_types or [
-        "AttnDownBlock2D" if max(height, width) / 2**level <= 16 else "DownBlock2D"
+        "AttnDownBlock2D" if max(height, width) / (config.patch_size * 2**level) <= attended else "DownBlock2D"
         for level in range(len(config.block_out_channels))
     ]
     learned = config.variance_type in ("learned", "learned_range")
@@ -170,6 +180,7 @@ def build_unet(config: TrainingConfig, data: ImageData) -> CustomUNet2DModel:
         norm_num_groups=config.norm_num_groups,
         dropout=config.dropout,
         num_class_embeds=None if data.id2label is None else len(data.id2label) + (config.label_dropout > 0),
+        patch_size=config.patch_size,
     )
 
 
@@ -186,22 +197,30 @@ def build_ema(config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]) 
 
 
 def build_model(
-    config: TrainingConfig, data: ImageData
+    config: TrainingConfig, data: ImageData, device: str = "cpu"
 ) -> tuple[TrainingConfig, CustomUNet2DModel, CustomDDPMScheduler]:
     """The U-Net and the noise scheduler that training starts from: new ones, or those of --init_from.
 
+    Args:
+        config: settings of the run; those that are None are chosen here.
+        data: the pictures.
+        device: type of the device.
+
     Returns:
-        The configuration, with the settings of the model of --init_from, so that what is recorded is what is used; the
-        U-Net; the noise scheduler.
+        The configuration, with the settings of the model of --init_from and those of the recipe, so that what is
+        recorded is what is used; the U-Net; the noise scheduler.
 
     Raises:
         ValueError: the pipeline of --init_from does not fit the pictures or contradicts the flags.
     """
+    num_classes = None if data.id2label is None else len(data.id2label)
+    facts = Facts(data.height, data.width, data.channels, data.num_images, num_classes, device)
     if config.init_from is None:
+        config = complete(config, facts)
         return config, build_unet(config, data), build_scheduler(config)
     pipeline = CustomDDPMPipeline.from_pretrained(config.init_from)
     try:
-        config = _with_settings_of(pipeline, config)
+        config = complete(_with_settings_of(pipeline, config), facts)
         _check_fit(pipeline, config, data)
     except ValueError as error:
         raise ValueError(f"--init_from {config.init_from}: {error}") from None
@@ -221,6 +240,7 @@ def _with_settings_of(pipeline: CustomDDPMPipeline, config: TrainingConfig) -> T
         "layers_per_block": unet.layers_per_block,
         "attention_head_dim": unet.attention_head_dim,
         "norm_num_groups": unet.norm_num_groups,
+        "patch_size": unet.patch_size,
         "dropout": unet.dropout,
         "ddpm_num_steps": noise.num_train_timesteps,
         "rescale_betas_zero_snr": noise.rescale_betas_zero_snr,

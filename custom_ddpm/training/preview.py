@@ -74,6 +74,7 @@ class Preview:
         id2label: names of the classes; None without classes.
         seeds: one for each picture of the grid.
         batch_size: pictures that a process draws at once.
+        sampler: scheduler that the pictures are drawn with; the saved pipeline has `scheduler`.
         sampling_options: further arguments of the pipeline's call.
         validation_data: held-out pictures, if any.
         facts: what the model card says about the run; see `hub.write_model_card`.
@@ -88,6 +89,7 @@ class Preview:
     id2label: dict[int, str] | None
     seeds: Sequence[int]
     batch_size: int
+    sampler: Any
     sampling_options: Mapping[str, Any]
     validation_data: ImageData | None
     facts: Mapping[str, Any]
@@ -95,7 +97,7 @@ class Preview:
     _pipeline: CustomDDPMPipeline = field(init=False)
 
     def __post_init__(self) -> None:
-        self._pipeline = CustomDDPMPipeline(self.state.unet, self.scheduler, id2label=self.id2label)
+        self._pipeline = CustomDDPMPipeline(self.state.unet, self.sampler, id2label=self.id2label)
         hidden = not self.accelerator.is_main_process
         self._pipeline.set_progress_bar_config(leave=False, desc="Sampling", disable=hidden)
 

@@ -4,11 +4,12 @@ So a run is the same on one process with two batches a step as on two processes 
 as if it had not been interrupted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 
 class Draws(NamedTuple):
@@ -21,7 +22,9 @@ class Draws(NamedTuple):
     dropout_seed: int  # for the whole batch: that of its first sample
 
 
-def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: torch.device) -> Draws:
+def draw(
+    seed: int, step: int, positions: range, shape: Sequence[int], device: torch.device, strata: int | None = None
+) -> Draws:
     """Draw all random numbers of the samples at `positions` of the global batch of optimiser step `step`.
 
     Args:
@@ -30,19 +33,42 @@ def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: t
         positions: positions in the global batch, >= 0, consecutive.
         shape: (C, H, W) of a sample.
         device: device of the returned tensors.
+        strata: size N of the global batch, for stratified timesteps: one uniform number u is drawn for the whole batch,
+            and the sample at position i gets (u + i/N) mod 1 (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). Each
+            is uniform in [0, 1), and together they are evenly spaced. None: independent ones.
 
     Returns:
         Row i depends on (seed, step, positions[i]) only; ε depends on the type of the device too.
     """
     # Five 64-bit words per sample, counted from the first sample of the global batch on every process.
-    words = np.random.Philox(np.random.SeedSequence([seed, step])).random_raw((positions.stop, 5))[positions.start :]
+    every = np.random.Philox(np.random.SeedSequence([seed, step])).random_raw((positions.stop, 5))
+    words = every[positions.start :]
     uniforms = (words[:, :3].T >> 40).astype(np.float32, order="C") / 2**24
+    if strata is not None:
+        first = int(every[0, 0] >> 40)
+        uniforms[0] = [(first + i * 2**24 // strata) % 2**24 / 2**24 for i in positions]
     noise = torch.empty((len(positions), *shape), device=device)
     generator = torch.Generator(device)
     for row, word in zip(noise, words[:, 3].tolist(), strict=True):
         row.normal_(generator=generator.manual_seed(word))
     timestep, flip, label = torch.from_numpy(uniforms).to(device, non_blocking=True).unbind()
     return Draws(timestep, flip, label, noise, words[0, 4].item())
+
+
+def sample_positions(accelerator: Accelerator, batch_size: int, start: int) -> Iterator[range]:
+    """Positions of this process's batches in the infinite order of samples.
+
+    Args:
+        accelerator: of the run.
+        batch_size: pictures in a batch of one process.
+        start: position of the first sample of the first global batch.
+    """
+    batches, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    while True:
+        for batch in range(batches):
+            first = start + (batch * processes + accelerator.process_index) * batch_size
+            yield range(first, first + batch_size)
+        start += batches * processes * batch_size
 
 
 class UniformSampler:

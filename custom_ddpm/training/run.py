@@ -20,6 +20,7 @@ from .loop import TrainingStep, training_steps
 from .metrics import TimedBatches, read_metrics
 from .parts import build_accelerator
 from .preview import grid_file
+from .randomness import sample_positions
 from .stopping import StopRequest
 
 logger = get_logger(__name__)
@@ -86,7 +87,8 @@ def _run_steps(run: Run) -> tuple[int, str | None]:
         Optimiser steps done; the reason for stopping early, None if the run is complete.
     """
     accelerator, step = run.accelerator, run.first_step
-    batches = run.data.batches(_sample_positions(run), pin_memory=accelerator.device.type == "cuda")
+    positions = sample_positions(accelerator, run.batch_size, run.first_sample)
+    batches = run.data.batches(positions, pin_memory=accelerator.device.type == "cuda")
     timed = TimedBatches(batches)
     stop = StopRequest(accelerator, run.max_train_time)
     skipped_in_a_row = torch.zeros((), device=accelerator.device)
@@ -130,16 +132,6 @@ def _run_steps(run: Run) -> tuple[int, str | None]:
         # for a thread of gloo while holding the interpreter's lock, which that thread may need: a deadlock.
         run.model, run.optimizer = accelerator.free_memory(run.model, run.optimizer)
     return step, None
-
-
-def _sample_positions(run: Run) -> Iterator[range]:
-    """Positions of this process's batches in the infinite order of samples, from the first that was not seen yet."""
-    accelerator, start = run.accelerator, run.first_sample
-    while True:
-        for batch in range(accelerator.gradient_accumulation_steps):
-            first = (batch * accelerator.num_processes + accelerator.process_index) * run.batch_size
-            yield range(start + first, start + first + run.batch_size)
-        start += run.global_batch
 
 
 def _update(run: Run, result: TrainingStep, seconds_waited: float) -> None:

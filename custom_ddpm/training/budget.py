@@ -1,0 +1,119 @@
+"""The number of optimiser steps that fit into the time of a run, from their measured speed."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..config import TrainingConfig
+from ..data.base import ImageData
+from ..recipe import GRIDS
+from ..scheduler import CustomDDPMScheduler
+from .launch import get_logger
+from .loop import Loss, training_steps
+from .randomness import sample_positions
+
+logger = get_logger(__name__)
+
+SECONDS = 4.0  # for which steps are measured
+FORWARD = 1 / 3  # time of a forward pass, of a forward and a backward pass with the update
+# What a run takes besides its steps: loading, the bounds of the loss, the diagnosis, the model card, in seconds.
+ENDING = 8.0
+MIN_STEPS = 10
+
+
+class _NoUpdates:
+    """A learning rate schedule of zeros, so that the measured steps leave the weights as they are."""
+
+    def __init__(self, optimizer: Any):
+        self._groups = optimizer.param_groups
+        self._rates = [group["lr"] for group in self._groups]
+
+    def __enter__(self) -> "_NoUpdates":
+        for group in self._groups:
+            group["lr"] = 0.0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for group, rate in zip(self._groups, self._rates, strict=True):
+            group["lr"] = rate
+
+    def step(self) -> None:
+        """Nothing changes."""
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds_per_step(
+    model: Any,
+    scheduler: CustomDDPMScheduler,
+    optimizer: Any,
+    data: ImageData,
+    accelerator: Accelerator,
+    loss: Loss,
+    batch_size: int,
+    loop_options: dict[str, Any],
+) -> float:
+    """Measure optimiser steps for a few seconds; weights and state of the optimiser stay as they are.
+
+    Must be called by all processes. The arguments are those of `training_steps`; `batch_size` is that of a process.
+
+    Returns:
+        Seconds, the same on all processes.
+    """
+    batches = data.batches(sample_positions(accelerator, batch_size, 0))
+    times: list[float] = []
+    with _NoUpdates(optimizer) as rates:
+        steps: Iterator[Any] = training_steps(
+            model, scheduler, optimizer, rates, batches, accelerator, loss, 10**6, **loop_options
+        )
+        start = last = time.perf_counter()
+        for _ in steps:
+            _synchronise(accelerator.device)
+            now = time.perf_counter()
+            times.append(now - last)
+            last = now
+            enough = len(times) >= 4 and now - start > SECONDS
+            if broadcast_object_list([enough])[0]:
+                break
+        steps.close()  # type: ignore[attr-defined]
+    batches.close()
+    optimizer.optimizer.state.clear()
+    later = sorted(times[1:])  # the first one also allocates memory, and compiles
+    return float(broadcast_object_list([later[len(later) // 2]])[0])
+
+
+def plan(config: TrainingConfig, data: ImageData, seconds: float, num_processes: int) -> TrainingConfig:
+    """Choose --max_train_steps so that the run ends with its --time_budget, counted from the start of this process.
+
+    Args:
+        config: settings of the run, with a time budget.
+        data: the pictures.
+        seconds: time of an optimiser step.
+        num_processes: of the run.
+    """
+    assert config.time_budget is not None
+    images_per_step = config.train_batch_size * num_processes * config.gradient_accumulation_steps
+    picture = seconds / images_per_step * FORWARD  # a forward pass of one picture, on all processes
+    guided = 1 if config.guidance_scale == 1.0 else 2
+    grid = picture * config.eval_batch_size * config.ddpm_num_inference_steps * guided
+    elapsed = time.time() - psutil.Process().create_time()
+    left = 60 * config.time_budget - elapsed - ENDING
+    # At the end the loss is measured, on a tenth of the pictures that were seen and 1,024 at most, with both weights.
+    left -= 2 * min(1024 * picture, 0.1 * max(0.0, left) * FORWARD)
+    left -= grid * (GRIDS + 1)
+    steps = max(MIN_STEPS, int(left / seconds))
+    steps = int(broadcast_object_list([steps])[0])
+    logger.info(
+        f"--time_budget {config.time_budget:g}: {images_per_step / seconds:,.0f} pictures/s, {steps:,} optimiser steps "
+        f"of {images_per_step} pictures, {steps * images_per_step:,} in all"
+    )
+    return dataclasses.replace(config, max_train_steps=steps)
