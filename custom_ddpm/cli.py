@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .evaluation.commands import add_commands
+from .evaluation.report_command import add_report
 from .messages import one_line, shown
 
 if TYPE_CHECKING:
@@ -235,6 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
 
     add_commands(command, commands)
+    add_report(command)
     return parser
 
 

@@ -5,7 +5,6 @@ Torch is imported by the commands, not for --help. All but `features train` run 
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,42 +92,20 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def bits_per_dim(args: argparse.Namespace) -> None:
     """Bits per dimension of held-out pictures under a model, in the three parts of the bound."""
-    import torch
-
-    from ..data.pixels import normalise
     from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
-    from ..scheduler import CustomDDPMScheduler
-    from .bits_per_dim import bits_per_dim as run
-    from .bits_per_dim import variance_schedulers
+    from .bits_per_dim import as_json, pipeline_bits_per_dim
     from .evaluate import write_json
     from .pictures import ModelPictures, process_state
 
     state = process_state()
     pipeline = CustomDDPMPipeline.from_pretrained(args.model).to(state.device)
-    scheduler = pipeline.scheduler
-    if not isinstance(scheduler, CustomDDPMScheduler):
-        scheduler = CustomDDPMScheduler.from_config(scheduler.config)
     classes, names = pipeline.unet.config.num_class_embeds, pipeline.config.id2label
     options = {"class_conditional": True, "id2label": {int(i): name for i, name in names.items()}} if classes else {}
     like = ModelPictures(pipeline, args.model, 0)
     pictures = _open_like(like, args.against, args.split, args, num_images=args.num_images, **options)
 
-    @torch.no_grad()
-    def model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> Any:
-        return pipeline.unet(x_t, t, **({} if labels is None else {"class_labels": labels}))
-
-    batches = (
-        (positions, normalise(images.to(state.device)), None if labels is None else labels.to(state.device))
-        for positions, images, labels in pictures.batches(args.batch_size)
-        if len(images)
-    )
-    found = run(
-        model,
-        variance_schedulers(scheduler),
-        batches,
-        num_timesteps=args.num_timesteps,
-        batch_size=args.batch_size,
-        seed=args.seed,
+    found = pipeline_bits_per_dim(
+        pipeline, pictures, num_timesteps=args.num_timesteps, batch_size=args.batch_size, seed=args.seed
     )
     if not state.is_main_process:
         return
@@ -139,16 +116,7 @@ def bits_per_dim(args: argparse.Namespace) -> None:
     if "analytic" not in found:
         print("analytic: not estimated; `custom-ddpm analytic-variance` adds it to the model")
     if args.output:
-        result = {
-            name: {
-                "parts": {part: each._asdict() for part, each in result.parts.items()},
-                "timesteps": [None if math.isnan(value) else value for value in result.timesteps.tolist()],
-                "timestep_errors": [None if math.isnan(value) else value for value in result.timestep_errors.tolist()],
-                "num_images": result.num_images,
-            }
-            for name, result in found.items()
-        }
-        write_json({"model": args.model, "pictures": pictures.description, "variances": result}, args.output)
+        write_json({"model": args.model, "pictures": pictures.description, "variances": as_json(found)}, args.output)
 
 
 def memorization(args: argparse.Namespace) -> None:
@@ -157,6 +125,7 @@ def memorization(args: argparse.Namespace) -> None:
     from .memorization import (
         QUANTILE,
         PixelFeatures,
+        as_json,
         draw_distances,
         draw_neighbours,
         gather_images,
@@ -184,25 +153,9 @@ def memorization(args: argparse.Namespace) -> None:
                 f"{'it copies' if each.copies else 'no sign of copying'}"
             )
         draw_distances(results, folder / "distances.png")
-        write_json({"pictures": source.description, **_as_json(results)}, folder / "memorization.json")
+        write_json({"pictures": source.description, **as_json(results)}, folder / "memorization.json")
     for name, each in results.items():
         draw_neighbours(drawn, each, training, folder / f"neighbours-{name.replace(' ', '-')}.png")
-
-
-def _as_json(results: dict[str, Any]) -> dict[str, Any]:
-    from .memorization import QUANTILE
-
-    return {
-        name: {
-            "share": each.share._asdict(),
-            "expected": QUANTILE,
-            "copies": each.copies,
-            "num_images": len(each.generated),
-            "num_held_out_images": len(each.held_out),
-            "identical": int((each.generated == 0).sum()),
-        }
-        for name, each in results.items()
-    }
 
 
 # ---- flags ----

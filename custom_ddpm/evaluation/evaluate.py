@@ -52,7 +52,7 @@ def frechet_name(features: Features) -> str:
     return {"Inception": "FID", "DINOv2": "FD-DINOv2"}.get(features.name, f"FD ({features.name})")
 
 
-def _frechet(generated: FeatureSet, reference: FeatureSet, name: str) -> list[Metric]:
+def frechet_metrics(generated: FeatureSet, reference: FeatureSet, name: str) -> list[Metric]:
     """The Fréchet distance of the set as it is, and extrapolated to infinitely many pictures."""
     moments, other, kept = generated.moments, reference.moments, generated.kept.double()
     large = moments.dim >= LARGE
@@ -90,7 +90,7 @@ def compare(generated: FeatureSet, reference: FeatureSet, features: Features) ->
         generated, reference: features of both sets.
         features: their extractor, for the names.
     """
-    results = _frechet(generated, reference, frechet_name(features))
+    results = frechet_metrics(generated, reference, frechet_name(features))
     try:
         kid = kernel_distance(generated.kept, reference.kept)
         results.append(Metric(f"KID ({features.name})", kid.value, kid.error, "unbiased; 0 for equal distributions"))
