@@ -1,13 +1,15 @@
 """The pages of the report: `report.html`, one file with its pictures inside, and `report.md` for the model card.
 
-Both are made from templates of Jinja beside this file. In the HTML page every value is escaped by Jinja; Markdown has the
-filter `md`.
+Both are made from templates of Jinja beside this file. In the HTML page every value is escaped by Jinja; Markdown has
+the filter `md`.
 """
 
 import base64
 import importlib.metadata
 import json
+import math
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,12 +20,13 @@ import jinja2
 from .._version import __version__
 from ..hub.card import LIBRARIES, _count_parameters, _image_format, _is_public, _last_name, _public_command
 from ..messages import in_markdown, one_line, shown
+from ..training.build import CONFIG_FILE
 from ..training.ending import add_bounds
 from .diagnosis import diagnose
 from .records import BOUNDS_FILE, read_metrics
 from .report import DISTANCES_FILE, NEIGHBOURS_FILE, SAMPLERS, Report
 from .report_figures import draw_bits_by_timestep, draw_by_steps
-from .report_words import FINDINGS, METRICS, NOTES, REASONS, translated
+from .report_words import FINDINGS, KINDS, METRICS, NOTES, REASONS, translated
 
 PAGE_FILE, CARD_FILE = "report.html", "report.md"
 MAX_CLASSES = 100  # that are listed
@@ -74,7 +77,7 @@ def describe(report: Report) -> dict[str, Any]:
         "name": shown(_last_name(str(run.resolve()))),
         "facts": {
             "en": f"{kind} pictures, {size}; {parameters:,} parameters; {steps:,} optimiser steps; T = {T:,}.",
-            "zh": f"{kind} 图片，{size}；{parameters:,} 个参数；{steps:,} 个优化步；T = {T:,}。",
+            "zh": f"{KINDS.get(kind, kind)}图片，{size}；{parameters:,} 个参数；{steps:,} 个优化步；T = {T:,}。",
         },
         "classes": ", ".join(classes[:MAX_CLASSES]) + more,
         "grid": _grid(report, classes),
@@ -86,17 +89,19 @@ def describe(report: Report) -> dict[str, Any]:
             for key, value in vars(report.config).items()
             if _is_public(key, value) and key != "dataset_config_name"
         ],
-        "command": "",
-        "versions": ", ".join(
-            [f"custom-ddpm {__version__}", *(f"{each} {importlib.metadata.version(each)}" for each in LIBRARIES)]
-            + [f"Python {platform.python_version()}"]
-        ),
+        "command": f"custom-ddpm train --config {CONFIG_FILE}",
+        "versions": ", ".join(_versions()),
         "metrics": _metrics(report.metrics()),
         "memorization": _memorization(report.memorization(), report),
         "bits": _bits(report.bits_per_dim(), report),
         "by_steps": _by_steps(report.by_steps(), report),
     }
     return page | {"tiles": _tiles(page)}
+
+
+def _versions() -> list[str]:
+    libraries = (f"{each} {importlib.metadata.version(each)}" for each in LIBRARIES)
+    return [f"custom-ddpm {__version__}", *libraries, f"Python {platform.python_version()}"]
 
 
 def data_uri(file: Path) -> str:
@@ -113,12 +118,17 @@ def _file(file: Path, reason: str) -> dict[str, Any]:
     return {"uri": data_uri(file), "missing": None} if file.is_file() else {**_missing(reason), "uri": None}
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    """A number with that many digits, without exponent where it is readable."""
+def _number(value: float | None, error: float | None = None) -> str:
+    """A number to the second digit of its standard error; to four digits if it has none."""
     if value is None:
         return "–"
-    text = f"{value:.{digits}g}"
-    return text if "e" not in text or abs(value) < 1e-4 else f"{value:,.0f}"
+    decimals = 1 - math.floor(math.log10(error)) if error else 7
+    return f"{value:.4g}" if decimals > 6 else f"{value:,.{max(0, decimals)}f}"
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    """value ± standard error."""
+    return _number(value, error) + ("" if value is None or not error else f" ± {_number(error, error)}")
 
 
 def _interval(value: float | None, error: float | None, percent: bool = False) -> str:
@@ -126,7 +136,7 @@ def _interval(value: float | None, error: float | None, percent: bool = False) -
     if value is None or error is None:
         return "–"
     ends = (value - 1.96 * error, value + 1.96 * error)
-    low, high = (f"{max(0.0, end):.1%}" if percent else _number(end) for end in ends)
+    low, high = (f"{max(0.0, end):.1%}" if percent else _number(end, error) for end in ends)
     return f"[{low}, {high}]"
 
 
@@ -142,10 +152,9 @@ def _grid(report: Report, classes: Sequence[str]) -> dict[str, Any]:
     command = f"custom-ddpm sample MODEL --num_images {count} --seed {first} --num_inference_steps {steps}"
     if classes:
         en, zh = f"{en}, guidance scale {config.guidance_scale:g}", f"{zh}，引导系数 {config.guidance_scale:g}"
-        command += (
-            f" --guidance_scale {config.guidance_scale:g} --class_labels {' '.join(map(str, range(len(classes))))}"
-        )
+        command += f" --guidance_scale {config.guidance_scale:g}"
         if len(classes) <= 16:
+            command += f" --class_labels {' '.join(map(shlex.quote, classes))}"
             words = ", ".join(classes)
             en, zh = f"{en}; each column is a class: {words}", f"{zh}；每一列是一个类别：{words}"
     return {**found, "en": f"{en}.", "zh": f"{zh}。", "command": command}
@@ -191,7 +200,7 @@ def _metrics(part: Mapping[str, Any]) -> dict[str, Any]:
         {
             "name": shown(each["name"]),
             "zh": translated(shown(each["name"]), METRICS),
-            "value": _number(each["value"]),
+            "value": _number(each["value"], each["standard_error"]),
             "interval": _interval(each["value"], each["standard_error"]),
             "note": shown(each["note"], 300),
             "note_zh": translated(shown(each["note"], 300), NOTES),
@@ -203,6 +212,7 @@ def _metrics(part: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "drawn": f"{part['pictures']['num_images']:,}",
         "pictures": shown(part["pictures"]["description"], 200),
+        "pictures_zh": translated(shown(part["pictures"]["description"], 200), NOTES),
         "references": f"{part['reference']['num_images']:,}",
         "reference": shown(part["reference"]["description"], 200),
     }
@@ -241,7 +251,7 @@ def _bits(part: Mapping[str, Any], report: Report) -> dict[str, Any]:
     rows = []
     for name, each in part["variances"].items():
         total = each["parts"]["total"]
-        values = [f"{_number(value['value'])} ± {_number(value['error'], 2)}" for value in each["parts"].values()]
+        values = [_with_error(value["value"], value["error"]) for value in each["parts"].values()]
         rows.append({"name": name, "parts": values, "interval": _interval(total["value"], total["error"])})
     first = next(iter(part["variances"].values()))
     return {
@@ -261,11 +271,7 @@ def _by_steps(part: Mapping[str, Any], report: Report) -> dict[str, Any]:
     steps = sorted({n for _, n in points})
     rows = []
     for name in SAMPLERS:
-        cells = []
-        for n in steps:
-            point = points[name, n]
-            known = point["value"] is not None
-            cells.append(f"{_number(point['value'], 3)} ± {_number(point['error'], 2)}" if known else "–")
+        cells = [_with_error(points[name, n]["value"], points[name, n]["error"]) for n in steps]
         rows.append({"name": name, "cells": cells})
     notes = {f"{point['sampler']}: {shown(point['note'], 300)}": None for point in part["points"] if point["note"]}
     figure = report.folder / "by_steps.png"

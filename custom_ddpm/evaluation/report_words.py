@@ -47,7 +47,10 @@ FINDINGS = {
     "drawn pictures are noisy": "生成的图片有噪声",
 }
 
+KINDS = {"gray": "灰度", "RGB": "RGB ", "RGBA": "RGBA "}
+
 NOTES = (
+    (r"^seeds (\d+) to (\d+), ", r"种子 \1 到 \2，"),
     (r"biased upwards at N = ([\d,]+)", r"N = \1 时偏高"),
     (r"extrapolated to infinitely many pictures", "外推到无穷多张图片"),
     (r", roughly: from N = ([\d,]+) <= D = ([\d,]+)", r"，粗略：N = \1 <= D = \2"),
@@ -62,6 +65,7 @@ METRICS = (
     (r"^density", "密度"),
     (r"^coverage", "覆盖率"),
     (r"random convolutions", "随机卷积"),
+    (r" classifier\b", " 分类器"),
     (r"^pixels$", "像素"),
 )
 
