@@ -160,17 +160,17 @@ class Report:
             if value is not None:
                 changes[name] = value
         config = dataclasses.replace(config, **changes)
-        name = _public_name(config.dataset_name or config.train_data_dir)[0]
+        shown_name = _public_name(config.dataset_name or config.train_data_dir)[0]
         try:
             if config.streaming:
                 raise Missing("stream")
             data, held_out = open_data(config, process_state())
         except (ValueError, OSError) as error:
             raise error if isinstance(error, Missing) else Missing("no_data", one_line(error)) from error
-        training = DatasetPictures(data, f"{name}, {config.split}", given.num_reference_images)
+        training = DatasetPictures(data, f"{shown_name}, {config.split}", given.num_reference_images)
         if held_out is None:
             return training, None
-        return training, DatasetPictures(held_out, f"{name}, {config.validation_split}", given.num_images)
+        return training, DatasetPictures(held_out, f"{shown_name}, {config.validation_split}", given.num_images)
 
     @property
     def training(self) -> DatasetPictures:

@@ -52,7 +52,8 @@ def draw_by_steps(result: Mapping[str, Any], file: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(point["sampler"] for point in result["points"]))
-    lows, highs = [], []
+    lows: list[float] = []
+    highs: list[float] = []
     for i, name in enumerate(names):
         points = sorted(
             (point["steps"], point["value"], point["error"] or 0.0)

@@ -128,7 +128,9 @@ def _number(value: float | None, error: float | None = None) -> str:
 
 def _with_error(value: float | None, error: float | None) -> str:
     """value ± standard error."""
-    return _number(value, error) + ("" if value is None or not error else f" ± {_number(error, error)}")
+    return _number(value, error) + (
+        "" if value is None or not error else f" ± {_number(error, error) if error >= 1e-5 else format(error, '.2g')}"
+    )
 
 
 def _interval(value: float | None, error: float | None, percent: bool = False) -> str:
@@ -226,7 +228,7 @@ def _memorization(part: Mapping[str, Any], report: Report) -> dict[str, Any]:
             "name": shown(name),
             "zh": translated(shown(name), METRICS),
             "share": f"{each['share']['value']:.1%}",
-            "interval": _interval(*each["share"].values(), percent=True),
+            "interval": _interval(each["share"]["value"], each["share"]["error"], percent=True),
             "identical": each["identical"],
             "copies": each["copies"],
         }
