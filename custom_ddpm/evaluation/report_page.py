@@ -128,9 +128,9 @@ def _number(value: float | None, error: float | None = None) -> str:
 
 def _with_error(value: float | None, error: float | None) -> str:
     """value ± standard error."""
-    return _number(value, error) + (
-        "" if value is None or not error else f" ± {_number(error, error) if error >= 1e-5 else format(error, '.2g')}"
-    )
+    if value is None or not error:
+        return _number(value)
+    return f"{_number(value, error)} ± {_number(error, error) if error >= 1e-5 else format(error, '.2g')}"
 
 
 def _interval(value: float | None, error: float | None, percent: bool = False) -> str:

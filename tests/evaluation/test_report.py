@@ -63,6 +63,7 @@ def test_the_page_is_whole_and_the_second_time_measures_nothing(trained, capsys)
     assert str(trained.parent) not in text
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_of_samplers_goes_on(trained, monkeypatch):
     report = Report(trained, ReportSettings(num_images=140, seed=7))
     point, calls = Report._point, []
@@ -81,6 +82,7 @@ def test_an_interrupted_comparison_of_samplers_goes_on(trained, monkeypatch):
     assert {each["steps"] for each in found["points"]} == {5, 10, 20}  # T is 20
 
 
+@pytest.mark.slow
 def test_parts_that_cannot_be_had_say_so(trained):
     file = trained / "training_config.yaml"
     before = file.read_text()
