@@ -212,6 +212,16 @@ def train(argv: Sequence[str]) -> None:
     main(argv, prog="custom-ddpm train")
 
 
+def _average_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folder", help="output folder of a run with --posthoc_ema_steps")
+    sub.add_argument("--features", default=None, help="as those of `evaluate`; the run's --eval_features if not given")
+    lengths = [0.02, 0.035, 0.05, 0.075, 0.1, 0.14, 0.2]
+    sub.add_argument("--sigma_rels", type=float, nargs="+", default=lengths, help="lengths, relative to the run's")
+    sub.add_argument("--num_images", type=int, default=None, help="pictures of each; --eval_num_images if not given")
+    sub.add_argument("--batch_size", type=int, default=64, help="pictures at once, on each process")
+    sub.add_argument("--output_dir", default=None, help="new folder for the best one, or the run's own; else no file")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -259,14 +269,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("diagnose", diagnose)
     sub.add_argument("folder", help="output folder of a run")
 
-    sub = command("best-average", best_average)
-    sub.add_argument("folder", help="output folder of a run with --posthoc_ema_steps")
-    sub.add_argument("--features", default=None, help="as those of `evaluate`; the run's --eval_features if not given")
-    lengths = [0.02, 0.035, 0.05, 0.075, 0.1, 0.14, 0.2]
-    sub.add_argument("--sigma_rels", type=float, nargs="+", default=lengths, help="lengths, relative to the run's")
-    sub.add_argument("--num_images", type=int, default=None, help="pictures of each; --eval_num_images if not given")
-    sub.add_argument("--batch_size", type=int, default=64, help="pictures at once, on each process")
-    sub.add_argument("--output_dir", default=None, help="new folder for the best one, or the run's own; else no file")
+    _average_flags(command("best-average", best_average))
 
     sub = command("analytic-variance", analytic_variance)
     sub.add_argument("folder", help="output folder of a run")
