@@ -175,11 +175,52 @@ def diagnose(args: argparse.Namespace) -> None:
     print(*in_words(findings), sep="\n")
 
 
+def best_average(args: argparse.Namespace) -> None:
+    """Compare post-hoc averages of a run, of several lengths, by drawn pictures, and save the best one."""
+    from .evaluation.pictures import process_state
+    from .evaluation.records import SCORES
+    from .training.best_average import measure_averages, save_average
+
+    folder = Path(args.folder)
+    in_place = args.output_dir is not None and Path(args.output_dir).resolve() == folder.resolve()
+    target = folder if in_place else args.output_dir and _new_folder(args.output_dir)
+    results = []
+    measured = measure_averages(folder, args.features, args.sigma_rels, args.num_images, args.batch_size)
+    for each in measured:
+        results.append(each)
+        name = "as saved" if each.sigma_rel is None else f"{each.sigma_rel:g}"
+        if each.scores is not None:
+            if len(results) == 1:
+                about, best_by = each.scores[SCORES], each.scores[SCORES]["best_by"]
+                print(f"{about['num_images']:,} pictures, {about['sampler']}, against {about['reference']}")
+                print(f"{'sigma_rel':>9}  {best_by}")
+            print(f"{name:>9}  {each.value:.4g} ± {each.scores[SCORES]['standard_errors'][best_by]:.2g}")
+        elif each.problem is not None and process_state().is_main_process:
+            print(f"{name:>9}  {each.problem}")
+    if process_state().is_main_process:
+        best = min(results, key=lambda each: each.value)
+        name = "the average that the run saved" if best.sigma_rel is None else f"--sigma_rels {best.sigma_rel:g}"
+        print(f"least: {name}")
+        if target is not None:
+            save_average(folder, best, target)
+            print(f"saved in {target}")
+
+
 def train(argv: Sequence[str]) -> None:
     """Train a model on one process; for several use `accelerate launch --quiet -m custom_ddpm.train`."""
     from .train import main
 
     main(argv, prog="custom-ddpm train")
+
+
+def _average_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folder", help="output folder of a run with --posthoc_ema_steps")
+    sub.add_argument("--features", default=None, help="as those of `evaluate`; the run's --eval_features if not given")
+    lengths = [0.02, 0.035, 0.05, 0.075, 0.1, 0.14, 0.2]
+    sub.add_argument("--sigma_rels", type=float, nargs="+", default=lengths, help="lengths, relative to the run's")
+    sub.add_argument("--num_images", type=int, default=None, help="pictures of each; --eval_num_images if not given")
+    sub.add_argument("--batch_size", type=int, default=64, help="pictures at once, on each process")
+    sub.add_argument("--output_dir", default=None, help="new folder for the best one, or the run's own; else no file")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -228,6 +269,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command("diagnose", diagnose)
     sub.add_argument("folder", help="output folder of a run")
+
+    _average_flags(command("best-average", best_average))
 
     sub = command("analytic-variance", analytic_variance)
     sub.add_argument("folder", help="output folder of a run")

@@ -20,6 +20,7 @@ GROUPS = {
     "objective": "the loss",
     "optimiser": "batches, steps, learning rate",
     "averaging": "averages of the weights",
+    "evaluation": "metrics of drawn pictures during training",
     "sampling": "sample grids during training",
     "checkpoints": "what is saved, and resuming",
     "Hub": "pushing to the Hugging Face Hub",
@@ -147,6 +148,16 @@ class TrainingConfig:
         "averaging", None, "optimiser steps between snapshots for averages of any length after the run"
     )
 
+    eval_steps: int | None = _flag(
+        "evaluation", None, "optimiser steps between evaluations of the averaged weights; none if not given"
+    )
+    eval_features: str = _flag(
+        "evaluation",
+        "random",
+        "features of the metrics: random, inception, dinov2, or a folder of `custom-ddpm features train`",
+    )
+    eval_num_images: int = _flag("evaluation", 2000, "pictures drawn for an evaluation")
+
     save_images_steps: int = _flag("sampling", 1000, "optimiser steps between sample grids")
     eval_batch_size: int = _flag("sampling", 16, "pictures in a sample grid")
     ddpm_num_inference_steps: int | None = _flag("sampling", None, "sampling steps of the grids; all T if not given")
@@ -193,7 +204,7 @@ class TrainingConfig:
 AT_LEAST_ONE = (
     "train_batch_size gradient_accumulation_steps num_epochs max_train_steps ddpm_num_steps layers_per_block "
     "checkpointing_steps checkpoints_total_limit save_images_steps eval_batch_size ddpm_num_inference_steps "
-    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps"
+    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps eval_steps"
 ).split()
 POSITIVE = "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time".split()
 NOT_NEGATIVE = "lr_warmup_steps adam_weight_decay dataloader_num_workers seed".split()
@@ -217,6 +228,7 @@ def _range_checks(config: TrainingConfig) -> Iterable[Check]:
         yield name, getattr(config, name) >= 0, "it must not be negative"
     for name in FRACTIONS:
         yield name, 0 <= getattr(config, name) < 1, "it must be in [0, 1)"
+    yield "eval_num_images", config.eval_num_images >= 50, "it must be at least 50"
     sides = config.resolution
     right = len(sides) in (1, 2) and all(side >= 1 for side in sides)
     yield "resolution", right, "it must be one or two numbers of at least 1"
@@ -252,6 +264,8 @@ def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
     steps = config.ddpm_num_inference_steps
     rule = f"it must not be more than --ddpm_num_steps, {config.ddpm_num_steps}"
     yield "ddpm_num_inference_steps", steps is None or steps <= config.ddpm_num_steps, rule
+    known = config.eval_steps is None or not config.streaming
+    yield "eval_steps", known, "--streaming reads a stream, of which no reference can be taken; leave one of them out"
     guided = config.class_conditional and config.label_dropout > 0
     rule = "guidance needs --class_conditional and --label_dropout above 0"
     yield "guidance_scale", config.guidance_scale == 1.0 or guided, rule

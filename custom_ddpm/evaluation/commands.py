@@ -185,7 +185,10 @@ def add_commands(command: Command, commands: Any) -> None:
         command: adds a command with its function and returns its parser.
         commands: the sub-parsers, for a command with commands of its own.
     """
-    words = "features: random, inception[:FILE], dinov2[:FOLDER], a folder of `features train`, or module:function"
+    words = (
+        "features: random, inception[:FILE], dinov2[:FOLDER], clip[:FOLDER], a folder of `features train`, or "
+        "module:function"
+    )
     sub = command("evaluate", evaluate)
     _source_flags(sub, None)
     sub.add_argument("--against", required=True, help="reference: dataset, folder of pictures, or NPZ file")

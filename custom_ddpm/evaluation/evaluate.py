@@ -12,6 +12,7 @@ from .distances import (
     Moments,
     bootstrap_error,
     check_rank,
+    clip_distance,
     frechet_distance,
     frechet_distance_infinity,
     kernel_distance,
@@ -96,6 +97,9 @@ def compare(generated: FeatureSet, reference: FeatureSet, features: Features) ->
         results.append(Metric(f"KID ({features.name})", kid.value, kid.error, "unbiased; 0 for equal distributions"))
     except ValueError as refusal:
         results.append(Metric(f"KID ({features.name})", None, note=f"refused: {refusal}"))
+    if features.name.split()[0] == "CLIP":
+        distance = clip_distance(generated.kept, reference.kept)
+        results.append(Metric(features.name.replace("CLIP", "CMMD", 1), distance, note="unbiased; times 1000"))
     counts = f"{len(generated.kept):,} against {len(reference.kept):,} pictures"
     try:
         found: Mapping[str, Estimate | tuple[None, None]] = neighbourhoods(generated.kept, reference.kept)

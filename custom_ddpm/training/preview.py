@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..data import ImageData, normalise
+from ..evaluation.records import facts_of_card, read_metrics
 from ..hub.card import write_model_card
 from ..hub.push import BackgroundPush
 from ..objective import diffusion_loss
@@ -19,7 +20,7 @@ from ..pipelines import CustomDDPMPipeline
 from ..sampling import image_grid, sample_images
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
-from .metrics import MetricsLogger, read_metrics
+from .metrics import MetricsLogger
 from .randomness import draw
 from .state import TrainingState
 
@@ -159,14 +160,7 @@ class Preview:
 
     def _write_pipeline(self, unet: CustomUNet2DModel | None, step: int) -> None:
         CustomDDPMPipeline(unet, self.scheduler, id2label=self.id2label).save_pretrained(self.output_dir)
-        write_model_card(self.output_dir, {**self.facts, "steps": step, "metrics": self._last_metrics()})
-
-    def _last_metrics(self) -> dict[str, float]:
-        lines, metrics = read_metrics(self.output_dir), {}
-        for name in ("loss", "validation_loss"):
-            if values := [line[name] for line in lines if name in line]:
-                metrics[name] = values[-1]
-        return metrics
+        write_model_card(self.output_dir, {**self.facts, "steps": step, **facts_of_card(read_metrics(self.output_dir))})
 
     def _log_grid(self, grid: PIL.Image.Image, step: int) -> None:
         pixels = {"samples": np.asarray(grid.convert("RGB"))[None]}
