@@ -18,9 +18,10 @@ Command = Callable[[str, Callable[[Any], None]], argparse.ArgumentParser]
 
 def train_features(args: argparse.Namespace) -> None:
     """Train a small classifier on labelled pictures, whose features compare sets of such pictures."""
+    from ..sampling import process_state
     from .classifier import train_classifier
     from .features import CONFIG_FILE
-    from .pictures import DatasetPictures, open_dataset, process_state
+    from .pictures import DatasetPictures, open_dataset
 
     if Path(args.output_dir, CONFIG_FILE).exists():
         raise FileExistsError(f"{args.output_dir} holds features already; choose another folder")
@@ -39,15 +40,16 @@ def train_features(args: argparse.Namespace) -> None:
 
 
 def _load_features(names: list[str]) -> "list[Features]":
+    from ..sampling import process_state
     from .features import load_features
-    from .pictures import process_state
 
     return [load_features(name, process_state().device) for name in names]
 
 
 def _open_source(args: argparse.Namespace) -> "Pictures":
     """The pictures to evaluate: of a model, or of a dataset, a folder or an NPZ file."""
-    from .pictures import is_model, open_dataset, open_model, process_state
+    from ..sampling import process_state
+    from .pictures import is_model, open_dataset, open_model
 
     options = {name: getattr(args, name) for name in ("num_inference_steps", "eta") if getattr(args, name) is not None}
     if args.guidance_scale != 1.0:
@@ -76,9 +78,9 @@ def _open_like(source: "Pictures", path: str, split: str, args: argparse.Namespa
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare pictures of a model, a dataset or a folder with a dataset: FD or FID, KID, precision and recall."""
+    from ..sampling import process_state
     from .evaluate import evaluate as run
     from .evaluate import table, write_json
-    from .pictures import process_state
 
     features = _load_features(args.features)
     source = _open_source(args)
@@ -93,9 +95,10 @@ def evaluate(args: argparse.Namespace) -> None:
 def bits_per_dim(args: argparse.Namespace) -> None:
     """Bits per dimension of held-out pictures under a model, in the three parts of the bound."""
     from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
+    from ..sampling import process_state
     from .bits_per_dim import as_json, pipeline_bits_per_dim
     from .evaluate import write_json
-    from .pictures import ModelPictures, process_state
+    from .pictures import ModelPictures
 
     state = process_state()
     pipeline = CustomDDPMPipeline.from_pretrained(args.model).to(state.device)
@@ -121,6 +124,7 @@ def bits_per_dim(args: argparse.Namespace) -> None:
 
 def memorization(args: argparse.Namespace) -> None:
     """Compare the distances of generated and of held-out pictures to the training pictures: does the model copy?"""
+    from ..sampling import process_state
     from .evaluate import write_json
     from .memorization import (
         QUANTILE,
@@ -131,7 +135,6 @@ def memorization(args: argparse.Namespace) -> None:
         gather_images,
     )
     from .memorization import memorization as run
-    from .pictures import process_state
 
     folder = Path(args.output_dir)
     features: list[Features] = [PixelFeatures(), *_load_features(args.features)]

@@ -23,6 +23,7 @@ from ..flags import parse_config
 from ..hub.card import _public_name
 from ..messages import one_line
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
+from ..sampling import process_state
 from ..training.build import CONFIG_FILE
 from ..training.parts import open_data
 from .bits_per_dim import as_json as bits_as_json
@@ -32,7 +33,7 @@ from .evaluate import evaluate, frechet_metrics, frechet_name
 from .features import Features, load_features
 from .memorization import PixelFeatures, draw_distances, draw_neighbours, gather_images, memorization
 from .memorization import as_json as memorization_as_json
-from .pictures import ArrayPictures, DatasetPictures, ModelPictures, process_state
+from .pictures import ArrayPictures, DatasetPictures, ModelPictures
 from .records import read_json, write_json
 
 FOLDER = "report"  # in the run's folder

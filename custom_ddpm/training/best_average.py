@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..evaluation.pictures import process_state
+from ..sampling import process_state
 from ..evaluation.records import SCORES, facts_of_card, read_metrics
 from ..flags import parse_config
 from ..hub.card import write_model_card

@@ -118,7 +118,7 @@ class Preview:
             self.metrics.draw()
             unet = self.state.whole_unet()
             if self.accelerator.is_main_process:
-                self._write(unet, image_grid(images, columns=self._columns()), step)
+                self._write(unet, self._grid(images), step)
                 if self.push is not None and not final:
                     self.push.push(self.output_dir, f"Step {step}")
         self.accelerator.wait_for_everyone()
@@ -144,9 +144,12 @@ class Preview:
         found = any(line["step"] == step and "validation_loss" in line for line in lines)
         return bool(broadcast_object_list([found])[0])
 
-    def _columns(self) -> int | None:
-        classes = len(self.id2label or ())
-        return classes if 0 < classes <= 16 else None
+    def _grid(self, images: torch.Tensor) -> PIL.Image.Image:
+        """The pictures, with a column for each class if there are few."""
+        if self.id2label is None or len(self.id2label) > 16:
+            return image_grid(images)
+        names = [self.id2label[label] for label in sorted(self.id2label)]
+        return image_grid(images, columns=len(names), captions=names)
 
     def _write(self, unet: CustomUNet2DModel | None, grid: PIL.Image.Image, step: int) -> None:
         grid.save(self.output_dir / "samples.png")

@@ -12,7 +12,8 @@ from runs import DIGITS
 
 from custom_ddpm.evaluation.classifier import train_classifier
 from custom_ddpm.evaluation.features import Classifier, load_features
-from custom_ddpm.evaluation.pictures import open_dataset, process_state
+from custom_ddpm.evaluation.pictures import open_dataset
+from custom_ddpm.sampling import process_state
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
 
