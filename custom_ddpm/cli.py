@@ -132,8 +132,8 @@ def diagnose(args: argparse.Namespace) -> None:
 
 def best_average(args: argparse.Namespace) -> None:
     """Compare post-hoc averages of a run, of several lengths, by drawn pictures, and save the best one."""
-    from .sampling import process_state
     from .evaluation.records import SCORES
+    from .sampling import process_state
     from .training.best_average import measure_averages, save_average
 
     folder = Path(args.folder)

@@ -136,12 +136,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         """
         self._check_arguments(output_type, guidance_scale, num_inference_steps, eta, callback_on_step_end_tensor_inputs)
         _check_interval(guidance_interval, guidance_scale)
-        if hasattr(class_labels, "tolist"):
-            class_labels = class_labels.tolist()
-        if batch_size == 1:
-            for per_image in (class_labels, latents):
-                batch_size = len(per_image) if isinstance(per_image, list | tuple | torch.Tensor) else batch_size
-        _check_count("batch_size", batch_size)
+        class_labels, batch_size = _count_images(class_labels, latents, batch_size)
         _check_generator(generator, batch_size)
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
         call = self._begin(guidance_scale, num_inference_steps)
@@ -523,6 +518,16 @@ def _check_count(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
+def _count_images(class_labels: Any, latents: torch.Tensor | None, batch_size: Any) -> tuple[Any, int]:
+    """Labels without tensors and arrays, and the number of images, from the arguments that are given per image."""
+    class_labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+    if batch_size == 1:
+        for per_image in (class_labels, latents):
+            batch_size = len(per_image) if isinstance(per_image, list | tuple | torch.Tensor) else batch_size
+    _check_count("batch_size", batch_size)
+    return class_labels, batch_size
 
 
 def _check_interval(interval: Any, guidance_scale: float) -> None:
