@@ -5,20 +5,24 @@ Torch is imported by the commands, not for --help.
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .evaluation.commands import add_commands
+from .evaluation.report_command import add_report
 from .messages import one_line, shown
+from .sample_command import add_sample_flags, sample
 
 if TYPE_CHECKING:
     from .pipelines import CustomDDPMPipeline
 
 MAX_PROBLEMS = 50  # lines that `verify` prints
+REPORT_DELAY = 3.0  # seconds before another process than the first reports an error
 
 
 def _load(model: str) -> "CustomDDPMPipeline":
@@ -30,59 +34,11 @@ def _load(model: str) -> "CustomDDPMPipeline":
     return CustomDDPMPipeline.from_pretrained(model).to(device)
 
 
-@contextmanager
-def _sampling_errors(pipeline: "CustomDDPMPipeline", batch_size: int) -> Iterator[None]:
-    """Errors that are not of this package, as ValueError: no memory, and a sampler of diffusers that fails."""
-    import torch
-
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ValueError(f"out of memory with --batch_size {batch_size}; choose a smaller one") from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # of torch's allocator for CPUs
-            raise ValueError(f"out of memory with --batch_size {batch_size}; choose a smaller one") from error
-        if not type(pipeline.scheduler).__module__.startswith("diffusers."):
-            raise
-        sampler = type(pipeline.scheduler).__name__
-        raise ValueError(f"diffusers' {sampler} fails with these settings: {one_line(error)}") from error
-
-
 def _new_folder(path: str) -> Path:
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already and is not empty; choose another folder")
     return folder
-
-
-def sample(args: argparse.Namespace) -> None:
-    """Draw pictures with a model: numbered PNG files and a grid."""
-    import PIL.Image
-
-    from .sampling import image_grid, sample_images
-
-    for name in ("num_images", "batch_size", "num_inference_steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; it must be at least 1")
-    if not 0 <= args.seed <= 2**63 - args.num_images:
-        raise ValueError(f"--seed is {args.seed}; it must be between 0 and 2**63 - {args.num_images}")
-    folder = _new_folder(args.output_dir)
-    pipeline = _load(args.model)
-    words = args.class_labels
-    labels = words and [words[i % len(words)] for i in range(args.num_images)]
-    options = {name: getattr(args, name) for name in ("num_inference_steps", "eta") if getattr(args, name) is not None}
-    if args.guidance_scale != 1.0:
-        options["guidance_scale"] = args.guidance_scale
-    seeds = range(args.seed, args.seed + args.num_images)
-    with _sampling_errors(pipeline, args.batch_size):
-        images = sample_images(pipeline, seeds, labels, batch_size=args.batch_size, **options)
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, image in zip(seeds, images, strict=True):
-        pixels = image.permute(1, 2, 0).numpy()
-        PIL.Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels).save(folder / f"seed-{seed}.png")
-    image_grid(images).save(folder / "grid.png")
-    print(f"{args.num_images} pictures and grid.png in {folder}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -174,11 +130,52 @@ def diagnose(args: argparse.Namespace) -> None:
     print(*in_words(findings), sep="\n")
 
 
+def best_average(args: argparse.Namespace) -> None:
+    """Compare post-hoc averages of a run, of several lengths, by drawn pictures, and save the best one."""
+    from .evaluation.records import SCORES
+    from .sampling import process_state
+    from .training.best_average import measure_averages, save_average
+
+    folder = Path(args.folder)
+    in_place = args.output_dir is not None and Path(args.output_dir).resolve() == folder.resolve()
+    target = folder if in_place else args.output_dir and _new_folder(args.output_dir)
+    results = []
+    measured = measure_averages(folder, args.features, args.sigma_rels, args.num_images, args.batch_size)
+    for each in measured:
+        results.append(each)
+        name = "as saved" if each.sigma_rel is None else f"{each.sigma_rel:g}"
+        if each.scores is not None:
+            if len(results) == 1:
+                about, best_by = each.scores[SCORES], each.scores[SCORES]["best_by"]
+                print(f"{about['num_images']:,} pictures, {about['sampler']}, against {about['reference']}")
+                print(f"{'sigma_rel':>9}  {best_by}")
+            print(f"{name:>9}  {each.value:.4g} ± {each.scores[SCORES]['standard_errors'][best_by]:.2g}")
+        elif each.problem is not None and process_state().is_main_process:
+            print(f"{name:>9}  {each.problem}")
+    if process_state().is_main_process:
+        best = min(results, key=lambda each: each.value)
+        name = "the average that the run saved" if best.sigma_rel is None else f"--sigma_rels {best.sigma_rel:g}"
+        print(f"least: {name}")
+        if target is not None:
+            save_average(folder, best, target)
+            print(f"saved in {target}")
+
+
 def train(argv: Sequence[str]) -> None:
     """Train a model on one process; for several use `accelerate launch --quiet -m custom_ddpm.train`."""
     from .train import main
 
     main(argv, prog="custom-ddpm train")
+
+
+def _average_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folder", help="output folder of a run with --posthoc_ema_steps")
+    sub.add_argument("--features", default=None, help="as those of `evaluate`; the run's --eval_features if not given")
+    lengths = [0.02, 0.035, 0.05, 0.075, 0.1, 0.14, 0.2]
+    sub.add_argument("--sigma_rels", type=float, nargs="+", default=lengths, help="lengths, relative to the run's")
+    sub.add_argument("--num_images", type=int, default=None, help="pictures of each; --eval_num_images if not given")
+    sub.add_argument("--batch_size", type=int, default=64, help="pictures at once, on each process")
+    sub.add_argument("--output_dir", default=None, help="new folder for the best one, or the run's own; else no file")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -198,19 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     command("train", train)
 
-    sub = command("sample", sample)
-    sub.add_argument("model", help="folder or Hub repository, ours or a stock DDPM")
-    sub.add_argument("--output_dir", default="samples", help="new folder for the pictures")
-    sub.add_argument("--num_images", type=int, default=16, help="number of pictures")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next number")
-    sub.add_argument(
-        "--class_labels", nargs="+", default=None, help="class names, or labels if no name is a number, in turn"
-    )
-    sub.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
-    sub.add_argument("--num_inference_steps", type=int, default=None, help="sampling steps; all T if not given")
-    sub.add_argument("--eta", type=float, default=None, help="1: DDPM, 0: DDIM")
-    sub.add_argument("--batch_size", type=int, default=64, help="pictures drawn at once")
-
+    add_sample_flags(command("sample", sample))
     sub = command("convert", convert)
     sub.add_argument("model", help="folder or Hub repository")
     sub.add_argument("output_dir", help="new folder")
@@ -228,6 +213,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("diagnose", diagnose)
     sub.add_argument("folder", help="output folder of a run")
 
+    _average_flags(command("best-average", best_average))
+
     sub = command("analytic-variance", analytic_variance)
     sub.add_argument("folder", help="output folder of a run")
     sub.add_argument("--num_images", type=int, default=512, help="pictures to estimate from")
@@ -235,6 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
 
     add_commands(command, commands)
+    add_report(command)
     return parser
 
 
@@ -249,8 +237,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from .hub.errors import HubError
 
     try:
+        if "MASTER_ADDR" in os.environ:  # of a launcher
+            from .training.launch import start_all_cpu_processes
+
+            start_all_cpu_processes()
         args.run(args)
     except (ValueError, OSError, HubError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(REPORT_DELAY)  # the first process reports the same error, and the launcher ends the others
         sys.exit(f"custom-ddpm: error: {one_line(error)}")
 
 

@@ -21,6 +21,7 @@ GROUPS = {
     "objective": "the loss",
     "optimiser": "batches, steps, learning rate",
     "averaging": "averages of the weights",
+    "evaluation": "metrics of drawn pictures during training",
     "sampling": "sample grids during training",
     "checkpoints": "what is saved, and resuming",
     "Hub": "pushing to the Hugging Face Hub",
@@ -101,6 +102,9 @@ class TrainingConfig:
     layers_per_block: int = _chosen("model", "residual blocks at each level")
     attention_head_dim: int | None = _flag("model", None, "channels of an attention head; one head if not given")
     norm_num_groups: int = _chosen("model", "groups of the group normalisation")
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = _chosen(
+        "model", "how a residual block takes the timestep: added, or as scale and shift after the second norm"
+    )
     dropout: float = _chosen("model", "dropout probability in the residual blocks")
     class_conditional: bool = _chosen("model", "condition the model on the labels of the dataset")
     label_dropout: float = _flag(
@@ -168,6 +172,16 @@ class TrainingConfig:
         "averaging", None, "optimiser steps between snapshots for averages of any length after the run"
     )
 
+    eval_steps: int | None = _flag(
+        "evaluation", None, "optimiser steps between evaluations of the averaged weights; none if not given"
+    )
+    eval_features: str = _flag(
+        "evaluation",
+        "random",
+        "features of the metrics: random, inception, dinov2, or a folder of `custom-ddpm features train`",
+    )
+    eval_num_images: int = _flag("evaluation", 2000, "pictures drawn for an evaluation")
+
     save_images_steps: int = _chosen("sampling", "optimiser steps between sample grids")
     eval_batch_size: int = _chosen("sampling", "pictures in a sample grid")
     preview_sampler: Literal["ddpm", "dpmsolver++"] = _chosen(
@@ -215,7 +229,7 @@ class TrainingConfig:
 AT_LEAST_ONE = (
     "train_batch_size gradient_accumulation_steps num_epochs max_train_steps ddpm_num_steps layers_per_block "
     "checkpointing_steps checkpoints_total_limit save_images_steps eval_batch_size ddpm_num_inference_steps "
-    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps patch_size"
+    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps eval_steps patch_size"
 ).split()
 POSITIVE = (
     "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time time_budget".split()
@@ -243,6 +257,7 @@ def _range_checks(config: TrainingConfig) -> Iterable[Check]:
     for name in FRACTIONS:
         value = getattr(config, name)
         yield name, value is None or 0 <= value < 1, "it must be in [0, 1)"
+    yield "eval_num_images", config.eval_num_images >= 50, "it must be at least 50"
     sides = config.resolution
     right = sides is None or (len(sides) in (1, 2) and all(side >= 1 for side in sides))
     yield "resolution", right, "it must be one or two numbers of at least 1"
@@ -279,6 +294,8 @@ def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
     steps = config.ddpm_num_inference_steps
     rule = f"it must not be more than --ddpm_num_steps, {config.ddpm_num_steps}"
     yield "ddpm_num_inference_steps", steps is None or steps <= config.ddpm_num_steps, rule
+    known = config.eval_steps is None or not config.streaming
+    yield "eval_steps", known, "--streaming reads a stream, of which no reference can be taken; leave one of them out"
     guided = config.class_conditional is not False and config.label_dropout > 0
     rule = "guidance needs --class_conditional and --label_dropout above 0"
     yield "guidance_scale", config.guidance_scale in (None, 1.0) or guided, rule

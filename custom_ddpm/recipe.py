@@ -40,6 +40,7 @@ STOCK: Mapping[str, Any] = {
     "block_out_channels": [64, 128, 256, 256],
     "layers_per_block": 2,
     "norm_num_groups": 32,
+    "resnet_time_scale_shift": "default",
     "dropout": 0.0,
     "ddpm_beta_schedule": "linear",
     "prediction_type": "epsilon",
@@ -87,6 +88,13 @@ def _block_out_channels(facts: Facts, config: TrainingConfig) -> list[int]:
     return [32, 64] if facts.device == "cpu" else [128, 256, 256]
 
 
+def _down_block_types(facts: Facts, config: TrainingConfig) -> list[str] | None:
+    """Attention in the middle block only on a CPU, elsewhere at the last level too."""
+    levels = len(config.block_out_channels)
+    last = "DownBlock2D" if facts.device == "cpu" else "AttnDownBlock2D"
+    return ["DownBlock2D"] * (levels - 1) + [last]
+
+
 def _num_inference_steps(facts: Facts, config: TrainingConfig) -> int:
     return 20 if config.preview_sampler == "dpmsolver++" else config.ddpm_num_steps
 
@@ -95,14 +103,16 @@ DEFAULT: Mapping[str, Any] = {
     "patch_size": _patch_size,
     "block_out_channels": _block_out_channels,
     "layers_per_block": lambda facts, config: 1 if facts.device == "cpu" else 2,
+    "down_block_types": _down_block_types,
     "norm_num_groups": 8,
+    "resnet_time_scale_shift": "scale_shift",
     "dropout": 0.0,
     "ddpm_beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
     "loss_weighting": "uniform",
     "timestep_sampling": "stratified",
-    "train_batch_size": 64,
-    "learning_rate": 1e-3,
+    "train_batch_size": lambda facts, config: 16 if facts.device == "cpu" else 64,
+    "learning_rate": lambda facts, config: 2e-3 if facts.device == "cpu" else 5e-4,
     "adam_beta1": 0.9,
     "eval_batch_size": lambda facts, config: 8 * facts.num_classes if 1 < (facts.num_classes or 0) <= 16 else 64,
     "preview_sampler": "dpmsolver++",

@@ -1,5 +1,6 @@
 """Batched and distributed sampling with one seed per image, and image grids."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +9,53 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, parse_flag_from_env
+from PIL import ImageDraw, ImageFont
 
 from .data.pixels import denormalise
+
+CAPTION_SIZE = 13  # pixels
+CAPTION_HEIGHT = CAPTION_SIZE + 5  # of the line over a grid, with room for descenders
+# Tried in this order for names that Pillow's own font lacks, which has hardly more than ASCII.
+FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "NotoSerifCJK-Bold.ttc",
+    "Arial Unicode.ttf",
+)
+
+
+def process_state() -> PartialState:
+    """The state of the processes, which the first call starts; on CPUs where there is no accelerator or so chosen."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)
+
+
+def draw_batch(pipeline: Any, seeds: Sequence[int], labels: Sequence[Any] | None, **options: Any) -> torch.Tensor:
+    """Generate one image per seed in one batch (S1).
+
+    Args:
+        pipeline: `CustomDDPMPipeline`, on its device.
+        seeds: one per image.
+        labels: class names or labels, one per image, or None.
+        **options: further arguments of the pipeline call.
+
+    Returns:
+        uint8 (len(seeds), C, H, W) on the pipeline's device.
+    """
+    device = pipeline._execution_device
+    images = pipeline(
+        batch_size=len(seeds),
+        class_labels=labels,
+        generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+        output_type="pt",
+        **options,
+    ).images
+    return denormalise(images * 2 - 1)
 
 
 def sample_images(
@@ -44,32 +89,29 @@ def sample_images(
         raise ValueError(f"there are {len(class_labels)} class_labels for {len(seeds)} seeds; give one per image")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    state = PartialState()
+    state = process_state()
     share = math.ceil(len(seeds) / state.num_processes)
     # The last process may have fewer images; it repeats the last one, since `gather` needs tensors of the same shape.
     mine = [min(state.process_index * share + i, len(seeds) - 1) for i in range(share)]
-    device = pipeline._execution_device
     parts = []
     for start in range(0, share, batch_size):
         chosen = mine[start : start + batch_size]
-        images = pipeline(
-            batch_size=len(chosen),
-            class_labels=None if class_labels is None else [class_labels[i] for i in chosen],
-            generator=[torch.Generator(device).manual_seed(seeds[i]) for i in chosen],
-            output_type="pt",
-            **options,
-        ).images
-        parts.append(denormalise(images * 2 - 1))
+        labels = None if class_labels is None else [class_labels[i] for i in chosen]
+        parts.append(draw_batch(pipeline, [seeds[i] for i in chosen], labels, **options))
     return gather(torch.cat(parts)).cpu()[: len(seeds)]
 
 
-def image_grid(images: torch.Tensor, columns: int | None = None, min_size: int = 64) -> PIL.Image.Image:
+def image_grid(
+    images: torch.Tensor, columns: int | None = None, min_size: int = 64, captions: Sequence[str] | None = None
+) -> PIL.Image.Image:
     """Arrange images in a grid with gaps; small images are enlarged by an integer factor without interpolation.
 
     Args:
         images: uint8 (N, C, H, W), C = 1, 3 or 4.
         columns: images per row; a square grid if None.
         min_size: images are enlarged to at least this many pixels on the longer side.
+        captions: text over each column, such as its class; cut where it is wider than the column, and left out where no
+            font has its characters.
     """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -78,8 +120,44 @@ def image_grid(images: torch.Tensor, columns: int | None = None, min_size: int =
     gap = max(2, height * factor // 16)
     pixels = np.repeat(np.repeat(images.permute(0, 2, 3, 1).numpy(), factor, axis=1), factor, axis=2)
     height, width = height * factor, width * factor
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    head = CAPTION_HEIGHT if captions else 0
+    sheet = np.full((head + rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
     for i, image in enumerate(pixels):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        top, left = head + gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
-    return PIL.Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
+    grid = PIL.Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
+    draw = ImageDraw.Draw(grid)
+    for i, caption in enumerate(captions or ()):
+        font = _font(caption)
+        if font is not None:
+            middle = (gap + i * (width + gap) + width / 2, gap + CAPTION_SIZE)
+            draw.text(middle, _fitting(caption, font, width), fill="black", font=font, anchor="ms")
+    return grid
+
+
+@functools.cache
+def _fonts() -> list[tuple[ImageFont.FreeTypeFont, bytes]]:
+    """The fonts that there are, each with its picture of a character that it lacks."""
+    found: list[Any] = [ImageFont.load_default(size=CAPTION_SIZE)]
+    for name in FONTS:
+        try:
+            found.append(ImageFont.truetype(name, size=CAPTION_SIZE))
+        except OSError:  # not installed
+            continue
+    return [(font, bytes(font.getmask("\U0010fffd"))) for font in found]
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | None:
+    """The first font that has all characters of a text."""
+    for font, missing in _fonts():
+        if all(c == " " or bytes(font.getmask(c)) != missing for c in text):
+            return font
+    return None
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A text, cut to a width in pixels."""
+    end = len(text)
+    while end and font.getlength(text[:end] + "…" * (end < len(text))) > width:
+        end -= 1
+    return text[:end] + "…" * (0 < end < len(text))

@@ -68,6 +68,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+        self._guidance_interval = (0.0, math.inf)
         # The keys are strings after loading from JSON.
         self.register_to_config(id2label=id2label and {int(label): str(name) for label, name in id2label.items()})
 
@@ -102,6 +103,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images (Algorithm 2, S1).
 
@@ -123,6 +125,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": x}) after each step; may return
                 {"latents": ...} to replace them. `pipeline` is this call's shallow copy, with its scheduler.
             callback_on_step_end_tensor_inputs: keys of that dictionary; only "latents" is available.
+            guidance_interval: (low, high), fractions of T: guidance only at low ≤ t/T < high (Kynkäänniemi et al. 2024,
+                arXiv:2404.07724), and the model is evaluated once elsewhere; None for all timesteps.
 
         Returns:
             `ImagePipelineOutput` with `.images`; gray images are of PIL mode "L".
@@ -131,15 +135,12 @@ class CustomDDPMPipeline(DiffusionPipeline):
             ValueError: an argument does not match the model, the scheduler or another argument.
         """
         self._check_arguments(output_type, guidance_scale, num_inference_steps, eta, callback_on_step_end_tensor_inputs)
-        if hasattr(class_labels, "tolist"):
-            class_labels = class_labels.tolist()
-        if batch_size == 1:
-            for per_image in (class_labels, latents):
-                batch_size = len(per_image) if isinstance(per_image, list | tuple | torch.Tensor) else batch_size
-        _check_count("batch_size", batch_size)
+        _check_interval(guidance_interval, guidance_scale)
+        class_labels, batch_size = _count_images(class_labels, latents, batch_size)
         _check_generator(generator, batch_size)
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
         call = self._begin(guidance_scale, num_inference_steps)
+        call._guidance_interval = guidance_interval or (0.0, math.inf)
         call._check_timesteps(latents is None)
         latents = call._prepare_latents(latents, batch_size, generator)
         options = call._step_options(eta, generator)
@@ -195,7 +196,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         C = self.unet.config.in_channels  # the channels after these are a learned variance
         if class_labels is None:
             output = self.unet(model_input, t).sample.float()
-        elif self.guidance_scale == 1.0:
+        elif self.guidance_scale == 1.0 or not self._is_guided(t):
             output = self.unet(model_input, t, class_labels=class_labels).sample.float()
         else:
             both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
@@ -204,6 +205,10 @@ class CustomDDPMPipeline(DiffusionPipeline):
             guided = without[:, :C] + self.guidance_scale * (with_class[:, :C] - without[:, :C])
             output = torch.cat([guided, with_class[:, C:]], dim=1)  # the variance is not extrapolated
         return output if self._takes_learned_variance() else output[:, :C]
+
+    def _is_guided(self, t: torch.Tensor) -> bool:
+        low, high = self._guidance_interval
+        return low <= float(t) / self.scheduler.config.num_train_timesteps < high
 
     # ---- what the scheduler takes ----
 
@@ -513,6 +518,24 @@ def _check_count(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
+def _count_images(class_labels: Any, latents: torch.Tensor | None, batch_size: Any) -> tuple[Any, int]:
+    """Labels without tensors and arrays, and the number of images, from the arguments that are given per image."""
+    class_labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+    if batch_size == 1:
+        for per_image in (class_labels, latents):
+            batch_size = len(per_image) if isinstance(per_image, list | tuple | torch.Tensor) else batch_size
+    _check_count("batch_size", batch_size)
+    return class_labels, batch_size
+
+
+def _check_interval(interval: Any, guidance_scale: float) -> None:
+    """Raise ValueError for a guidance interval that is empty, out of [0, 1] or has no use."""
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance_interval is {tuple(interval)}; it must be 0 <= low < high <= 1, fractions of T")
+    if interval is not None and guidance_scale == 1.0:
+        raise ValueError("guidance_interval is given, but guidance_scale is 1, which is no guidance")
 
 
 def _check_generator(generator: Any, batch_size: int) -> None:

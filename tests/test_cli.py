@@ -1,5 +1,6 @@
 import json
 
+import diffusers
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,6 +10,7 @@ from conftest import make_pipeline
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.cli import main
 from custom_ddpm.config import TrainingConfig
+from custom_ddpm.sample_command import spread
 
 
 @pytest.fixture
@@ -28,7 +30,8 @@ def test_sample_draws_a_picture_for_each_seed(model, tmp_path, capsys):
     folder = tmp_path / "pictures"
     words = ["sample", model, "--output_dir", folder, "--num_images", 3, "--seed", 5, "--class_labels", "class 2", 0]
     main([str(word) for word in [*words, "--guidance_scale", 2, "--num_inference_steps", 10, "--eta", 0.5]])
-    assert sorted(file.name for file in folder.iterdir()) == ["grid.png", "seed-5.png", "seed-6.png", "seed-7.png"]
+    names = [f"seed-{seed}.png" for seed in (5, 6, 7)]
+    assert sorted(file.name for file in folder.iterdir()) == ["grid.png", "samples.json", *names]
     expected = CustomDDPMPipeline.from_pretrained(model)(
         class_labels=[2, 0, 2],
         guidance_scale=2.0,
@@ -39,7 +42,7 @@ def test_sample_draws_a_picture_for_each_seed(model, tmp_path, capsys):
     for seed, picture in zip((5, 6, 7), expected, strict=True):
         assert np.array_equal(np.asarray(PIL.Image.open(folder / f"seed-{seed}.png")), np.asarray(picture))
     assert f"3 pictures and grid.png in {folder}" in capsys.readouterr().out
-    assert "exists already and is not empty" in refused("sample", model, "--output_dir", folder)
+    assert "holds pictures that were drawn with" in refused("sample", model, "--output_dir", folder)
 
 
 @pytest.mark.parametrize("flag", ["--num_images", "--batch_size", "--num_inference_steps"])
@@ -71,6 +74,44 @@ def test_sample_takes_a_class_whose_name_is_a_number_by_its_name(tmp_path):
         assert np.array_equal(
             np.asarray(PIL.Image.open(tmp_path / "pictures" / f"seed-{seed}.png")), np.asarray(picture)
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scheduler", "DDIMSheduler"], "which is no scheduler of diffusers; did you mean DDIMScheduler"),
+        (
+            ["--scheduler", "DPMSolverMultistepScheduler", "--scheduler_options", "algorithm_typ=x"],
+            "algorithm_typ, which DPMSolverMultistepScheduler lacks; did you mean algorithm_type",
+        ),
+        (["--scheduler_options", "clip_sample"], "an option is NAME=VALUE"),
+        (["--class_labels", "as_data"], "has no training_config.yaml that names its training data"),
+        (["--guidance_interval", "0.2", "0.8"], "guidance_scale is 1, which is no guidance"),
+        (["--guidance_scale", "2", "--guidance_interval", "0.8", "0.2"], "it must be 0 <= low < high <= 1"),
+    ],
+)
+def test_sample_refuses_at_the_door(model, tmp_path, words, message):
+    assert message in refused("sample", model, "--output_dir", tmp_path / "p", *words)
+    assert not (tmp_path / "p").exists()
+
+
+def test_sample_with_another_sampler(model, tmp_path):
+    words = ["--scheduler", "DPMSolverMultistepScheduler", "--scheduler_options", "algorithm_type=sde-dpmsolver++"]
+    folder = tmp_path / "p"
+    main([str(word) for word in ["sample", model, "--output_dir", folder, "-n", 1, "--num_inference_steps", 5, *words]])
+    pipeline = CustomDDPMPipeline.from_pretrained(model)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"
+    )
+    generator = [torch.Generator().manual_seed(0)]
+    expected = pipeline(class_labels=[0], generator=generator, num_inference_steps=5).images[0]
+    assert np.array_equal(np.asarray(PIL.Image.open(folder / "seed-0.png")), np.asarray(expected))
+
+
+def test_labels_in_the_shares_of_the_data():
+    for n in (10, 100, 1000):
+        found = np.bincount(spread([10, 0, 30, 60], n), minlength=4)
+        assert np.abs(found - np.array([0.1, 0, 0.3, 0.6]) * n).max() <= 2 and found[1] == 0
 
 
 def test_convert_there_and_back(tmp_path):

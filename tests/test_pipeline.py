@@ -387,3 +387,27 @@ def test_loading_unknown_components_raises(pipeline, tmp_path):
     weights.unlink()
     with pytest.raises(OSError, match=r"safetensors"):
         CustomDDPMPipeline.from_pretrained(tmp_path)
+
+
+def test_guidance_stays_inside_its_interval(class_pipeline):
+    sizes = {}
+    forward = class_pipeline.unet.forward
+
+    def record(sample, t, *words, **options):
+        sizes[int(t)] = len(sample)
+        return forward(sample, t, *words, **options)
+
+    class_pipeline.unet.forward = record
+    options = {"class_labels": [1], "guidance_scale": 3.0, "output_type": "pt"}
+
+    def draw(**more):
+        return class_pipeline(generator=torch.Generator().manual_seed(0), **options, **more).images
+
+    inside = draw(guidance_interval=(0.25, 0.5))
+    # Twice the images where guidance needs the model without the class too; T is 20.
+    assert sizes == {t: 2 if 5 <= t < 10 else 1 for t in range(20)}
+    whole, all_of_it = draw(), draw(guidance_interval=(0.0, 1.0))
+    assert torch.equal(whole, all_of_it) and not torch.equal(whole, inside)
+    for interval in ((0.5, 0.5), (-0.1, 0.5), (0.2, 1.5)):
+        with pytest.raises(ValueError, match="it must be 0 <= low < high <= 1"):
+            draw(guidance_interval=interval)

@@ -121,6 +121,10 @@ class ImageData:
         """
         raise NotImplementedError
 
+    def label_counts(self) -> list[int] | None:
+        """Number of images of each class id; None for a stream, or without `class_conditional`."""
+        return None
+
     def _read(self, positions: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Yield the batches for `batches`, in the thread that iterates."""
         raise NotImplementedError

@@ -96,6 +96,10 @@ class CachedImages(ImageData):
         """Return the first `n` images (all, if there are fewer), see `ImageData.take`."""
         return self._gather(np.arange(min(n, self.num_images)), positions=None)
 
+    def label_counts(self) -> list[int] | None:
+        """Number of images of each class id, see `ImageData.label_counts`."""
+        return None if self._labels is None else np.bincount(self._labels, minlength=len(self.id2label or ())).tolist()
+
     def _read(self, positions: Iterable[Sequence[int]]) -> Iterator[Batch]:
         for batch in positions:
             epochs, places = np.divmod(np.asarray(batch, dtype=np.int64), self.num_images)

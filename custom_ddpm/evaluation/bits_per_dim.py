@@ -15,9 +15,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 
+from ..data.pixels import normalise
 from ..likelihood import prior_term, vlb_term
+from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
 from ..scheduler import CustomDDPMScheduler
 from .distances import Estimate
+from .pictures import Pictures
 
 LEARNED = ("learned", "learned_range")
 PARTS = ("L_T", "L_t-1", "L_0", "total")
@@ -201,3 +204,42 @@ def _add(
     for name, each in sums.items():
         found = torch.cat(terms[name]).view(len(x_0), num_timesteps)
         each.add(found, prior_term(each.scheduler, x_0), timesteps, weights)
+
+
+def pipeline_bits_per_dim(
+    pipeline: CustomDDPMPipeline, pictures: Pictures, *, num_timesteps: int, batch_size: int, seed: int
+) -> dict[str, BitsPerDim]:
+    """The variational bound of pictures under the model of a pipeline, for each of `variance_schedulers`.
+
+    Args:
+        pipeline: on its device.
+        pictures: of the model's size, with labels for a class-conditional model.
+        num_timesteps, batch_size, seed: see `bits_per_dim`.
+    """
+    scheduler, device = pipeline.scheduler, pipeline.unet.device
+    if not isinstance(scheduler, CustomDDPMScheduler):
+        scheduler = CustomDDPMScheduler.from_config(scheduler.config)
+
+    def model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> Any:
+        return pipeline.unet(x_t, t, **({} if labels is None else {"class_labels": labels}))
+
+    batches = (
+        (positions, normalise(images.to(device)), None if labels is None else labels.to(device))
+        for positions, images, labels in pictures.batches(batch_size)
+        if len(images)
+    )
+    options = {"num_timesteps": num_timesteps, "batch_size": batch_size, "seed": seed}
+    return bits_per_dim(model, variance_schedulers(scheduler), batches, **options)
+
+
+def as_json(found: dict[str, BitsPerDim]) -> dict[str, Any]:
+    """The numbers of each type of variance, ready for JSON; None for a timestep that was not drawn."""
+    return {
+        name: {
+            "parts": {part: each._asdict() for part, each in result.parts.items()},
+            "timesteps": [None if math.isnan(value) else value for value in result.timesteps.tolist()],
+            "timestep_errors": [None if math.isnan(value) else value for value in result.timestep_errors.tolist()],
+            "num_images": result.num_images,
+        }
+        for name, result in found.items()
+    }

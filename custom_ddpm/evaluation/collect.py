@@ -12,9 +12,10 @@ import torch
 from accelerate.utils import gather_object
 
 from ..data.base import fingerprint
+from ..sampling import process_state
 from .distances import Moments, merge_all
 from .features import Features
-from .pictures import Pictures, process_state
+from .pictures import Pictures
 
 KEPT = 10_000  # pictures whose features are kept, for what moments do not give
 VERSION = 1  # to be increased with every change of what is cached

@@ -5,7 +5,6 @@ Torch is imported by the commands, not for --help. All but `features train` run 
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,10 @@ Command = Callable[[str, Callable[[Any], None]], argparse.ArgumentParser]
 
 def train_features(args: argparse.Namespace) -> None:
     """Train a small classifier on labelled pictures, whose features compare sets of such pictures."""
+    from ..sampling import process_state
     from .classifier import train_classifier
     from .features import CONFIG_FILE
-    from .pictures import DatasetPictures, open_dataset, process_state
+    from .pictures import DatasetPictures, open_dataset
 
     if Path(args.output_dir, CONFIG_FILE).exists():
         raise FileExistsError(f"{args.output_dir} holds features already; choose another folder")
@@ -40,15 +40,16 @@ def train_features(args: argparse.Namespace) -> None:
 
 
 def _load_features(names: list[str]) -> "list[Features]":
+    from ..sampling import process_state
     from .features import load_features
-    from .pictures import process_state
 
     return [load_features(name, process_state().device) for name in names]
 
 
 def _open_source(args: argparse.Namespace) -> "Pictures":
     """The pictures to evaluate: of a model, or of a dataset, a folder or an NPZ file."""
-    from .pictures import is_model, open_dataset, open_model, process_state
+    from ..sampling import process_state
+    from .pictures import is_model, open_dataset, open_model
 
     options = {name: getattr(args, name) for name in ("num_inference_steps", "eta") if getattr(args, name) is not None}
     if args.guidance_scale != 1.0:
@@ -77,9 +78,9 @@ def _open_like(source: "Pictures", path: str, split: str, args: argparse.Namespa
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare pictures of a model, a dataset or a folder with a dataset: FD or FID, KID, precision and recall."""
+    from ..sampling import process_state
     from .evaluate import evaluate as run
     from .evaluate import table, write_json
-    from .pictures import process_state
 
     features = _load_features(args.features)
     source = _open_source(args)
@@ -93,42 +94,21 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def bits_per_dim(args: argparse.Namespace) -> None:
     """Bits per dimension of held-out pictures under a model, in the three parts of the bound."""
-    import torch
-
-    from ..data.pixels import normalise
     from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
-    from ..scheduler import CustomDDPMScheduler
-    from .bits_per_dim import bits_per_dim as run
-    from .bits_per_dim import variance_schedulers
+    from ..sampling import process_state
+    from .bits_per_dim import as_json, pipeline_bits_per_dim
     from .evaluate import write_json
-    from .pictures import ModelPictures, process_state
+    from .pictures import ModelPictures
 
     state = process_state()
     pipeline = CustomDDPMPipeline.from_pretrained(args.model).to(state.device)
-    scheduler = pipeline.scheduler
-    if not isinstance(scheduler, CustomDDPMScheduler):
-        scheduler = CustomDDPMScheduler.from_config(scheduler.config)
     classes, names = pipeline.unet.config.num_class_embeds, pipeline.config.id2label
     options = {"class_conditional": True, "id2label": {int(i): name for i, name in names.items()}} if classes else {}
     like = ModelPictures(pipeline, args.model, 0)
     pictures = _open_like(like, args.against, args.split, args, num_images=args.num_images, **options)
 
-    @torch.no_grad()
-    def model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> Any:
-        return pipeline.unet(x_t, t, **({} if labels is None else {"class_labels": labels}))
-
-    batches = (
-        (positions, normalise(images.to(state.device)), None if labels is None else labels.to(state.device))
-        for positions, images, labels in pictures.batches(args.batch_size)
-        if len(images)
-    )
-    found = run(
-        model,
-        variance_schedulers(scheduler),
-        batches,
-        num_timesteps=args.num_timesteps,
-        batch_size=args.batch_size,
-        seed=args.seed,
+    found = pipeline_bits_per_dim(
+        pipeline, pictures, num_timesteps=args.num_timesteps, batch_size=args.batch_size, seed=args.seed
     )
     if not state.is_main_process:
         return
@@ -139,30 +119,22 @@ def bits_per_dim(args: argparse.Namespace) -> None:
     if "analytic" not in found:
         print("analytic: not estimated; `custom-ddpm analytic-variance` adds it to the model")
     if args.output:
-        result = {
-            name: {
-                "parts": {part: each._asdict() for part, each in result.parts.items()},
-                "timesteps": [None if math.isnan(value) else value for value in result.timesteps.tolist()],
-                "timestep_errors": [None if math.isnan(value) else value for value in result.timestep_errors.tolist()],
-                "num_images": result.num_images,
-            }
-            for name, result in found.items()
-        }
-        write_json({"model": args.model, "pictures": pictures.description, "variances": result}, args.output)
+        write_json({"model": args.model, "pictures": pictures.description, "variances": as_json(found)}, args.output)
 
 
 def memorization(args: argparse.Namespace) -> None:
     """Compare the distances of generated and of held-out pictures to the training pictures: does the model copy?"""
+    from ..sampling import process_state
     from .evaluate import write_json
     from .memorization import (
         QUANTILE,
         PixelFeatures,
+        as_json,
         draw_distances,
         draw_neighbours,
         gather_images,
     )
     from .memorization import memorization as run
-    from .pictures import process_state
 
     folder = Path(args.output_dir)
     features: list[Features] = [PixelFeatures(), *_load_features(args.features)]
@@ -184,25 +156,9 @@ def memorization(args: argparse.Namespace) -> None:
                 f"{'it copies' if each.copies else 'no sign of copying'}"
             )
         draw_distances(results, folder / "distances.png")
-        write_json({"pictures": source.description, **_as_json(results)}, folder / "memorization.json")
+        write_json({"pictures": source.description, **as_json(results)}, folder / "memorization.json")
     for name, each in results.items():
         draw_neighbours(drawn, each, training, folder / f"neighbours-{name.replace(' ', '-')}.png")
-
-
-def _as_json(results: dict[str, Any]) -> dict[str, Any]:
-    from .memorization import QUANTILE
-
-    return {
-        name: {
-            "share": each.share._asdict(),
-            "expected": QUANTILE,
-            "copies": each.copies,
-            "num_images": len(each.generated),
-            "num_held_out_images": len(each.held_out),
-            "identical": int((each.generated == 0).sum()),
-        }
-        for name, each in results.items()
-    }
 
 
 # ---- flags ----
@@ -232,7 +188,10 @@ def add_commands(command: Command, commands: Any) -> None:
         command: adds a command with its function and returns its parser.
         commands: the sub-parsers, for a command with commands of its own.
     """
-    words = "features: random, inception[:FILE], dinov2[:FOLDER], a folder of `features train`, or module:function"
+    words = (
+        "features: random, inception[:FILE], dinov2[:FOLDER], clip[:FOLDER], a folder of `features train`, or "
+        "module:function"
+    )
     sub = command("evaluate", evaluate)
     _source_flags(sub, None)
     sub.add_argument("--against", required=True, help="reference: dataset, folder of pictures, or NPZ file")

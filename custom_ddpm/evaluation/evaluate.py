@@ -12,6 +12,7 @@ from .distances import (
     Moments,
     bootstrap_error,
     check_rank,
+    clip_distance,
     frechet_distance,
     frechet_distance_infinity,
     kernel_distance,
@@ -52,7 +53,7 @@ def frechet_name(features: Features) -> str:
     return {"Inception": "FID", "DINOv2": "FD-DINOv2"}.get(features.name, f"FD ({features.name})")
 
 
-def _frechet(generated: FeatureSet, reference: FeatureSet, name: str) -> list[Metric]:
+def frechet_metrics(generated: FeatureSet, reference: FeatureSet, name: str) -> list[Metric]:
     """The Fréchet distance of the set as it is, and extrapolated to infinitely many pictures."""
     moments, other, kept = generated.moments, reference.moments, generated.kept.double()
     large = moments.dim >= LARGE
@@ -90,12 +91,15 @@ def compare(generated: FeatureSet, reference: FeatureSet, features: Features) ->
         generated, reference: features of both sets.
         features: their extractor, for the names.
     """
-    results = _frechet(generated, reference, frechet_name(features))
+    results = frechet_metrics(generated, reference, frechet_name(features))
     try:
         kid = kernel_distance(generated.kept, reference.kept)
         results.append(Metric(f"KID ({features.name})", kid.value, kid.error, "unbiased; 0 for equal distributions"))
     except ValueError as refusal:
         results.append(Metric(f"KID ({features.name})", None, note=f"refused: {refusal}"))
+    if features.name.split()[0] == "CLIP":
+        distance = clip_distance(generated.kept, reference.kept)
+        results.append(Metric(features.name.replace("CLIP", "CMMD", 1), distance, note="unbiased; times 1000"))
     counts = f"{len(generated.kept):,} against {len(reference.kept):,} pictures"
     try:
         found: Mapping[str, Estimate | tuple[None, None]] = neighbourhoods(generated.kept, reference.kept)

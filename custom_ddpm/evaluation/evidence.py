@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 
 from ..config import TrainingConfig
+from ..sampling import CAPTION_HEIGHT
 from ..scheduler import CustomDDPMScheduler
 from .records import BOUNDS_FILE, FINAL_LOSS_FILE, read_json, read_metrics
 
@@ -121,6 +122,8 @@ def split_grid(sheet: np.ndarray, height: int, width: int, min_size: int = 64) -
     factor = max(1, -(-min_size // max(height, width)))
     gap = max(2, height * factor // 16)
     tall, wide = height * factor + gap, width * factor + gap
+    if (sheet.shape[0] - gap) % tall == CAPTION_HEIGHT % tall:
+        sheet = sheet[CAPTION_HEIGHT:]
     if (sheet.shape[0] - gap) % tall or (sheet.shape[1] - gap) % wide:
         return None
     inside = sheet[gap:, gap:].reshape(sheet.shape[0] // tall, tall, sheet.shape[1] // wide, wide, sheet.shape[2])

@@ -24,6 +24,8 @@ from ..messages import one_line
 
 CONFIG_FILE, WEIGHTS_FILE = "features.json", "features.safetensors"
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, which FD-DINOv2 is reported with
+CLIP = "openai/clip-vit-large-patch14-336"  # ViT-L/14@336, which CMMD is reported with
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -253,6 +255,43 @@ class DINOv2Features:
         return self._model((values - self._mean) / self._std).last_hidden_state[:, 0].float()
 
 
+class CLIPFeatures:
+    """Embeddings of CLIP (Radford et al. 2021, arXiv:2103.00020) of length 1, for CMMD.
+
+    Pictures are resized to the network's size, bicubic with antialiasing, and normalised as CLIP's.
+
+    Args:
+        weights: folder or Hub repository of a `CLIPVisionModelWithProjection` of transformers.
+        device: device to compute on.
+
+    Raises:
+        ValueError: the weights cannot be loaded.
+    """
+
+    def __init__(self, weights: str = CLIP, device: torch.device | str = "cpu"):
+        transformers = importlib.import_module("transformers")
+        try:
+            # The published weights are a pickle, which transformers loads as tensors only.
+            model = transformers.CLIPVisionModelWithProjection.from_pretrained(weights)
+        except Exception as error:  # of the network, of the file, or of the weights in it
+            raise ValueError(
+                f"the weights of the features 'clip' cannot be loaded from {weights}: {one_line(error)}; "
+                "a downloaded copy can be given as clip:FOLDER"
+            ) from error
+        self._model = model.eval().requires_grad_(False).to(device)
+        self.name = "CLIP" if weights == CLIP else f"CLIP {Path(weights).name}"
+        self.identity = f"clip-{_hash_weights(self._model)}"
+        self._mean = torch.tensor(CLIP_MEAN, device=device).view(3, 1, 1)
+        self._std = torch.tensor(CLIP_STD, device=device).view(3, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Features, see `Features`."""
+        values, size = to_rgb(images).to(self._mean.device).float(), self._model.config.image_size
+        values = F.interpolate(values, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255) / 255
+        return F.normalize(self._model((values - self._mean) / self._std).image_embeds.float(), dim=1)
+
+
 class NamedFeatures:
     """Features of a Python object that the user names: called with uint8 pictures, it returns (B, D).
 
@@ -299,7 +338,8 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> Features:
 
     Args:
         spec: folder of `custom-ddpm features train`; "random" or "random:SEED"; "inception" or "inception:FILE";
-            "dinov2" or "dinov2:FOLDER_OR_REPOSITORY"; or "module:name" of a Python function.
+            "dinov2" or "dinov2:FOLDER_OR_REPOSITORY"; "clip" or "clip:FOLDER_OR_REPOSITORY"; or
+            "module:name" of a Python function.
         device: device to compute on.
 
     Raises:
@@ -314,9 +354,11 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> Features:
         return InceptionFeatures(argument or None, device)
     if kind == "dinov2":
         return DINOv2Features(argument or DINOV2, device)
+    if kind == "clip":
+        return CLIPFeatures(argument or CLIP, device)
     if argument:
         return NamedFeatures(spec, device)
     raise ValueError(
-        f"there are no features {spec!r}; give random, inception, dinov2, a folder of `custom-ddpm features train`, "
-        "or module:name of a Python function"
+        f"there are no features {spec!r}; give random, inception, dinov2, clip, a folder of "
+        "`custom-ddpm features train`, or module:name of a Python function"
     )

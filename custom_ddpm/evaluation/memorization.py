@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +149,21 @@ def memorization(
     return Memorization(
         Estimate(share, error), first[:split], first[split:], relative[:split], relative[split:], places[:split].numpy()
     )
+
+
+def as_json(results: dict[str, Memorization]) -> dict[str, Any]:
+    """The numbers of each space, ready for JSON."""
+    return {
+        name: {
+            "share": each.share._asdict(),
+            "expected": QUANTILE,
+            "copies": each.copies,
+            "num_images": len(each.generated),
+            "num_held_out_images": len(each.held_out),
+            "identical": int((each.generated == 0).sum()),
+        }
+        for name, each in results.items()
+    }
 
 
 def draw_distances(results: dict[str, Memorization], file: Path) -> None:

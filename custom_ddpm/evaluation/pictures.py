@@ -14,8 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -25,7 +23,7 @@ from ..data.pixels import MODES
 from ..data.sources import open_images
 from ..messages import one_line
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
-from ..sampling import sample_images
+from ..sampling import process_state, sample_images
 
 NumberedBatch = tuple[Sequence[int], torch.Tensor, torch.Tensor | None]
 
@@ -52,12 +50,6 @@ class Pictures(Protocol):
 
         Must be iterated to the end by all processes. A batch may be empty.
         """
-
-
-def process_state() -> PartialState:
-    """The state of the processes, which the first call starts; on CPUs where there is no accelerator or so chosen."""
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu)
 
 
 def _shares(batch_size: int, start: int, stop: int) -> Iterator[range]:

@@ -8,6 +8,7 @@ METRICS = "metrics.jsonl"
 LEVELS = 10  # equal parts of 0 … T that losses are averaged over separately
 BOUNDS_FILE = "loss_bounds.json"
 FINAL_LOSS_FILE = "final_loss.json"
+SCORES = "evaluation"  # of a line of metrics: what its metrics of drawn pictures were measured with
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -31,6 +32,32 @@ def numbered_lines(output_dir: str | Path) -> list[tuple[int, dict[str, Any] | N
 def _metrics_of(text: bytes) -> dict[str, Any] | None:
     line = _json_object(text)
     return line if line is not None and type(line.get("step")) is int else None
+
+
+def facts_of_card(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the model card tells of the lines of metrics: the last evaluation of drawn pictures, or the last losses.
+
+    Returns:
+        metrics: name -> value; evaluation: what they were measured with, name -> value, if anything.
+    """
+    evaluated = [line for line in lines if SCORES in line]
+    if not evaluated:
+        losses = {name: line[name] for line in lines for name in ("loss", "validation_loss") if name in line}
+        return {"metrics": losses}
+    last, about = evaluated[-1], evaluated[-1][SCORES]
+    evaluation = {name: about[name] for name in ("num_images", "sampler", "reference")} | {"step": last["step"]}
+    return {"metrics": {name: last[name] for name in about["standard_errors"]}, "evaluation": evaluation}
+
+
+def scores_by_step(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """The number by which the models of a run are compared, the less the better, by optimiser step.
+
+    It is that of the last evaluation of drawn pictures, such as "FD (digits classifier)"; without evaluations it is
+    the validation loss.
+    """
+    evaluated = [line for line in lines if SCORES in line]
+    name = evaluated[-1][SCORES]["best_by"] if evaluated else "validation_loss"
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def _json_object(text: bytes) -> dict[str, Any] | None:

@@ -105,7 +105,11 @@ def _metadata(
     """The card's YAML front matter."""
     dataset, dataset_id = _public_name(facts.get("dataset"))
     _, base_model = _public_name(facts.get("base_model"))
-    results = [EvalResult(TASK, dataset_id or "image", dataset or "unknown", *pair) for pair in metrics.items()]
+    about = dict(facts.get("evaluation", {})) or None
+    results = [
+        EvalResult(TASK, dataset_id or "image", dataset or "unknown", *pair, metric_args=about)
+        for pair in metrics.items()
+    ]
     return ModelCardData(
         license=facts.get("license") or "unknown",
         library_name="diffusers",

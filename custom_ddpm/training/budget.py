@@ -1,4 +1,4 @@
-"""The number of optimiser steps that fit into the time of a run, from their measured speed."""
+"""What this machine does fast: bf16 or float32, and the number of optimiser steps that fit into the time of a run."""
 
 import dataclasses
 import time
@@ -25,6 +25,7 @@ FORWARD = 1 / 3  # time of a forward pass, of a forward and a backward pass with
 # What a run takes besides its steps: loading, the bounds of the loss, the diagnosis, the model card, in seconds.
 ENDING = 8.0
 MIN_STEPS = 10
+MIN_SPEED = 1.2  # of bf16, relative to float32, from which on it is used
 
 
 class _NoUpdates:
@@ -50,6 +51,25 @@ class _NoUpdates:
 def _synchronise(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def bf16_speed(device: torch.device) -> float:
+    """How many times as fast a convolution, forward and backward, is in bf16 as in float32; measured for a second."""
+    layer = torch.nn.Conv2d(64, 64, 3, padding=1).to(device)
+    images = torch.randn(32, 64, 16, 16, device=device, requires_grad=True)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    start = time.perf_counter()
+    while time.perf_counter() - start < 1.0 or len(seconds[True]) < 3:
+        for half in (False, True):
+            _synchronise(device)
+            begin = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                output = layer(images)
+            output.float().sum().backward()
+            _synchronise(device)
+            seconds[half].append(time.perf_counter() - begin)
+    # The fastest of each: another program slows down single ones.
+    return min(seconds[False]) / min(seconds[True])
 
 
 def seconds_per_step(

@@ -28,6 +28,7 @@ from .loop import Loss
 from .metrics import MetricsLogger
 from .parts import build_ema, build_loss, build_model, build_optimizer, describe_device, fast_sampler, open_data
 from .preview import Preview
+from .scores import Scores, build_scores
 from .sharding import local_part
 from .state import TrainingState, find_problem
 
@@ -65,10 +66,12 @@ class Run:
     loop_options: dict[str, Any]  # further arguments of `training_steps`
     metrics: MetricsLogger
     preview: Preview
+    scores: Scores | None  # metrics of drawn pictures, with --eval_steps
     settings: dict[str, Any]  # stored in the metadata of each checkpoint
-    # Optimiser steps between checkpoints, sample grids, snapshots of the post-hoc averages, lines of metrics.
+    # Optimiser steps between checkpoints, sample grids, evaluations, post-hoc snapshots, lines of metrics.
     checkpointing_steps: int
     save_images_steps: int
+    eval_steps: int | None
     posthoc_ema_steps: int | None
     logging_steps: int
     checkpoints_total_limit: int | None
@@ -199,6 +202,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
         loop_options=loop_options,
         metrics=metrics,
         preview=_build_preview(config, accelerator, state, scheduler, metrics, data, validation_data),
+        scores=build_scores(config, state, scheduler, metrics, data, validation_data),
         settings=settings,
         **{name: getattr(config, name) for name in INTERVAL_SETTINGS},
     )
@@ -206,7 +210,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
 
 # Settings that `Run` takes over by name.
 INTERVAL_SETTINGS = (
-    "checkpointing_steps save_images_steps posthoc_ema_steps logging_steps checkpoints_total_limit max_train_time"
+    "checkpointing_steps save_images_steps eval_steps posthoc_ema_steps logging_steps checkpoints_total_limit "
+    "max_train_time"
 ).split()
 
 

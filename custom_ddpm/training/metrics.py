@@ -1,6 +1,7 @@
 """Metrics and progress of a run: progress bar, `metrics.jsonl`, trackers, and the loss curves as pictures."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,11 @@ class TimedBatches:
         """Seconds since the last call of this method."""
         waited, self._waited = self._waited, 0.0
         return waited
+
+
+def tracker_name(name: str) -> str:
+    """The name of a metric with the characters that every tracker takes; MLflow refuses brackets and commas."""
+    return " ".join(re.sub(r"[^\w ./-]", " ", name.replace("→ ∞", "to infinity")).split())
 
 
 class MetricsLogger:
@@ -158,7 +164,11 @@ class MetricsLogger:
         if self.accelerator.is_main_process:
             with (self.output_dir / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        numbers = {
+            tracker_name(name): value
+            for name, value in line.items()
+            if isinstance(value, int | float) and name != "step"
+        }
         self.accelerator.log(numbers, step=line["step"])
 
     def draw(self) -> None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..data import ImageData, normalise
+from ..evaluation.records import facts_of_card, read_metrics
 from ..hub.card import write_model_card
 from ..hub.push import BackgroundPush
 from ..objective import diffusion_loss
@@ -19,7 +20,7 @@ from ..pipelines import CustomDDPMPipeline
 from ..sampling import image_grid, sample_images
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
-from .metrics import MetricsLogger, read_metrics
+from .metrics import MetricsLogger
 from .randomness import draw
 from .state import TrainingState
 
@@ -119,7 +120,7 @@ class Preview:
             self.metrics.draw()
             unet = self.state.whole_unet()
             if self.accelerator.is_main_process:
-                self._write(unet, image_grid(images, columns=self._columns()), step)
+                self._write(unet, self._grid(images), step)
                 if self.push is not None and not final:
                     self.push.push(self.output_dir, f"Step {step}")
         self.accelerator.wait_for_everyone()
@@ -145,9 +146,12 @@ class Preview:
         found = any(line["step"] == step and "validation_loss" in line for line in lines)
         return bool(broadcast_object_list([found])[0])
 
-    def _columns(self) -> int | None:
-        classes = len(self.id2label or ())
-        return classes if 0 < classes <= 16 else None
+    def _grid(self, images: torch.Tensor) -> PIL.Image.Image:
+        """The pictures, with a column for each class if there are few."""
+        if self.id2label is None or len(self.id2label) > 16:
+            return image_grid(images)
+        names = [self.id2label[label] for label in sorted(self.id2label)]
+        return image_grid(images, columns=len(names), captions=names)
 
     def _write(self, unet: CustomUNet2DModel | None, grid: PIL.Image.Image, step: int) -> None:
         grid.save(self.output_dir / "samples.png")
@@ -161,14 +165,7 @@ class Preview:
 
     def _write_pipeline(self, unet: CustomUNet2DModel | None, step: int) -> None:
         CustomDDPMPipeline(unet, self.scheduler, id2label=self.id2label).save_pretrained(self.output_dir)
-        write_model_card(self.output_dir, {**self.facts, "steps": step, "metrics": self._last_metrics()})
-
-    def _last_metrics(self) -> dict[str, float]:
-        lines, metrics = read_metrics(self.output_dir), {}
-        for name in ("loss", "validation_loss"):
-            if values := [line[name] for line in lines if name in line]:
-                metrics[name] = values[-1]
-        return metrics
+        write_model_card(self.output_dir, {**self.facts, "steps": step, **facts_of_card(read_metrics(self.output_dir))})
 
     def _log_grid(self, grid: PIL.Image.Image, step: int) -> None:
         pixels = {"samples": np.asarray(grid.convert("RGB"))[None]}

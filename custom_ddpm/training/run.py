@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..config import TrainingConfig
+from ..evaluation.records import read_metrics, scores_by_step
 from ..messages import quoted, shown
 from .build import CONFIG_FILE, Resumed, Run, build_run
 from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
@@ -17,10 +18,11 @@ from .ema import snapshot_file
 from .ending import final_diagnosis, measure_final_loss, write_bounds
 from .launch import get_logger
 from .loop import TrainingStep, training_steps
-from .metrics import TimedBatches, read_metrics
+from .metrics import TimedBatches
 from .parts import build_accelerator
 from .preview import grid_file
 from .randomness import sample_positions
+from .scores import Scores
 from .stopping import StopRequest
 
 logger = get_logger(__name__)
@@ -52,6 +54,8 @@ def train(config: TrainingConfig) -> Path:
         else:
             measure_final_loss(run, step)
             write_bounds(run)
+            if run.scores is not None:
+                run.scores.write(step)
             run.preview.finish(step)
             if accelerator.is_main_process:  # accelerate's own print would print once on each machine
                 print(_final_message(run))
@@ -148,7 +152,7 @@ def _update(run: Run, result: TrainingStep, seconds_waited: float) -> None:
 
 
 def _run_periodic_tasks(run: Run, step: int, skipped_in_a_row: torch.Tensor, last: bool) -> None:
-    """Log metrics, save a checkpoint, a snapshot of the averages, a sample grid, each if it is due at this step."""
+    """Log metrics, save a checkpoint and a snapshot, evaluate, draw a grid, each if it is due at this step."""
     checkpoint_is_due, grid_is_due = step % run.checkpointing_steps == 0, step % run.save_images_steps == 0
     # At every checkpoint too: checkpoints do not hold the running means, and a resumed run must log the same lines.
     if step % run.logging_steps == 0 or checkpoint_is_due or last:
@@ -163,14 +167,21 @@ def _run_periodic_tasks(run: Run, step: int, skipped_in_a_row: torch.Tensor, las
         _save_checkpoint(run, step)
     if _snapshot_is_due(run, step, last):
         run.state.save_posthoc_snapshot(run.output_dir)
+    if (scores := _due_scores(run, step, last)) is not None:
+        scores.write(step)
     if grid_is_due and not last:  # the last grid is drawn by `Preview.finish`
         run.preview.save(step)
-    if checkpoint_is_due or grid_is_due:
+    if checkpoint_is_due or grid_is_due or scores is not None:
         run.metrics.restart_clock(step)
 
 
 def _snapshot_is_due(run: Run, step: int, last: bool) -> bool:
     return run.posthoc_ema_steps is not None and (step % run.posthoc_ema_steps == 0 or last)
+
+
+def _due_scores(run: Run, step: int, last: bool) -> Scores | None:
+    due = run.eval_steps is not None and step % run.eval_steps == 0
+    return run.scores if due and not last else None  # the last are written by `train`
 
 
 def _catch_up(run: Run) -> None:
@@ -186,6 +197,8 @@ def _catch_up(run: Run) -> None:
     snapshot_is_missing, grid_is_missing = broadcast_object_list(missing)
     if snapshot_is_missing:
         run.state.save_posthoc_snapshot(run.output_dir)
+    if (scores := _due_scores(run, step, last)) is not None:
+        scores.write(step)
     if grid_is_missing:
         run.preview.save(step)
 
@@ -204,11 +217,10 @@ def _save_checkpoint(run: Run, step: int) -> None:
 
 
 def best_checkpoint(output_dir: Path, before: int) -> list[int]:
-    """The step of the checkpoint with the lowest validation loss, of those before a step; empty if there is none."""
-    saved = list_checkpoints(output_dir)
-    losses = {line["step"]: line["validation_loss"] for line in read_metrics(output_dir) if "validation_loss" in line}
-    validated = [step for step in losses if step in saved and step < before]
-    return [min(validated, key=losses.__getitem__)] if validated else []
+    """The step of the best checkpoint of those before a step, see `scores_by_step`; empty if there is none."""
+    saved, scores = list_checkpoints(output_dir), scores_by_step(read_metrics(output_dir))
+    known = [step for step in scores if step in saved and step < before]
+    return [min(known, key=scores.__getitem__)] if known else []
 
 
 def _final_message(run: Run) -> str:

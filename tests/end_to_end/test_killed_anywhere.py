@@ -20,6 +20,9 @@ CHANGES = {
     "checkpointing_steps": 2,
     "save_images_steps": 2,
     "posthoc_ema_steps": 4,
+    "eval_steps": 4,
+    "eval_num_images": 50,
+    "eval_features": "runs:small_features",
     "logging_steps": 2,
     "checkpoints_total_limit": 2,
 }

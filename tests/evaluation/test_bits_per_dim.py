@@ -11,7 +11,7 @@ from runs import needs_forkserver, on_processes
 
 from custom_ddpm.data.pixels import denormalise, normalise
 from custom_ddpm.evaluation.bits_per_dim import bits_per_dim, draw_timesteps, variance_schedulers
-from custom_ddpm.evaluation.pictures import process_state
+from custom_ddpm.sampling import process_state
 from custom_ddpm.scheduler import CustomDDPMScheduler
 
 V, T, N = 0.04, 50, 4000

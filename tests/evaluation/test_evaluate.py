@@ -15,8 +15,8 @@ from custom_ddpm.evaluation import collect as collecting
 from custom_ddpm.evaluation.collect import cache_file, collect, collect_cached
 from custom_ddpm.evaluation.evaluate import compare, evaluate, table
 from custom_ddpm.evaluation.features import RandomConvolutionFeatures
-from custom_ddpm.evaluation.pictures import ArrayPictures, ModelPictures, open_dataset, process_state
-from custom_ddpm.sampling import sample_images
+from custom_ddpm.evaluation.pictures import ArrayPictures, ModelPictures, open_dataset
+from custom_ddpm.sampling import process_state, sample_images
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
 

@@ -1,6 +1,7 @@
 """Feature extractors: the small classifier, random convolutions, and the real loading code of large networks."""
 
 import json
+import math
 import sys
 import types
 
@@ -11,7 +12,8 @@ from runs import DIGITS
 
 from custom_ddpm.evaluation.classifier import train_classifier
 from custom_ddpm.evaluation.features import Classifier, load_features
-from custom_ddpm.evaluation.pictures import open_dataset, process_state
+from custom_ddpm.evaluation.pictures import open_dataset
+from custom_ddpm.sampling import process_state
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
 
@@ -178,3 +180,50 @@ def test_inception_is_that_of_torch_fidelity(tmp_path):
     features, images = load_features(f"inception:{tmp_path / 'weights.pth'}"), random_images(1, 16, 2)
     assert features.name == "Inception" and features(images).shape == (2, 2048)
     torch.testing.assert_close(features(images), model(images.expand(-1, 3, -1, -1))[0])
+
+
+# ---- CLIP, as small as it can be, saved here ----
+
+
+def test_clip_through_transformers_gives_cmmd(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from custom_ddpm.evaluation.collect import collect
+    from custom_ddpm.evaluation.evaluate import compare
+    from custom_ddpm.evaluation.pictures import ArrayPictures
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "intermediate_size": 12, "projection_dim": 6, "num_hidden_layers": 1}
+    config = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=28, patch_size=14)
+    model = CLIPVisionModelWithProjection(config).eval()
+    model.save_pretrained(tmp_path / "tiny")
+    features = load_features(f"clip:{tmp_path / 'tiny'}")
+    images = random_images(1, 28, 50)  # no resizing, so that the expected values are easy
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = model((images.expand(-1, 3, -1, -1) / 255 - mean) / std).image_embeds
+    expected = (expected / expected.norm(dim=1, keepdim=True)).double()
+    torch.testing.assert_close(features(images).double(), expected, atol=1e-5, rtol=1e-4)
+
+    other = images // 2
+    sets = [collect(ArrayPictures(each, ""), [features], 50)[0] for each in (images, other)]
+    (cmmd,) = [metric for metric in compare(*sets, features) if metric.name == "CMMD tiny"]
+    a, b = (features(each).double() for each in (images, other))
+    pairs = {"aa": (a, a), "bb": (b, b), "ab": (a, b)}
+    kernel = {
+        name: [[math.exp(-float(((p - q) ** 2).sum()) / 200) for q in y] for p in x] for name, (x, y) in pairs.items()
+    }
+    within = [
+        sum(kernel[name][i][j] for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1))
+        for name, x in (("aa", a), ("bb", b))
+    ]
+    between = sum(map(sum, kernel["ab"])) / (len(a) * len(b))
+    assert cmmd.value == pytest.approx(1000 * (sum(within) - 2 * between), rel=1e-6, abs=1e-9)
+    assert cmmd.value > 0
+
+
+def test_clip_without_its_weights_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"weights of the features 'clip' cannot be loaded .*clip:FOLDER") as error:
+        load_features(f"clip:{tmp_path}")
+    assert "\n" not in str(error.value)

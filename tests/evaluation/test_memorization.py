@@ -11,7 +11,8 @@ from runs import DIGITS, needs_forkserver, on_processes
 from custom_ddpm.cli import main
 from custom_ddpm.evaluation.features import RandomConvolutionFeatures
 from custom_ddpm.evaluation.memorization import PixelFeatures, draw_distances, draw_neighbours, memorization, nearest
-from custom_ddpm.evaluation.pictures import ArrayPictures, open_dataset, process_state
+from custom_ddpm.evaluation.pictures import ArrayPictures, open_dataset
+from custom_ddpm.sampling import process_state
 
 
 @pytest.fixture(scope="module", autouse=True)
