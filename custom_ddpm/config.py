@@ -142,7 +142,9 @@ class TrainingConfig:
     train_batch_size: int = _chosen("optimiser", "pictures in a batch, for each process")
     gradient_accumulation_steps: int = _flag("optimiser", 1, "batches in an optimiser step, for each process")
     time_budget: float | None = _flag(
-        "optimiser", None, "minutes for the whole run: the number of optimiser steps is chosen by their measured speed"
+        "optimiser",
+        None,
+        "minutes for the whole run: --max_train_steps, if not given, is chosen by the measured speed",
     )
     num_epochs: int | None = _flag("optimiser", None, "passes over the dataset")
     max_train_steps: int | None = _flag("optimiser", None, "optimiser steps of the whole run")
@@ -299,9 +301,8 @@ def _consistency_checks(config: TrainingConfig) -> Iterable[Check]:
     guided = config.class_conditional is not False and config.label_dropout > 0
     rule = "guidance needs --class_conditional and --label_dropout above 0"
     yield "guidance_scale", config.guidance_scale in (None, 1.0) or guided, rule
-    lengths = [name for name in ("time_budget", "max_train_steps", "num_epochs") if getattr(config, name) is not None]
-    several = "time_budget" in lengths and len(lengths) > 1 and not config.resume_from_checkpoint
-    yield "time_budget", not several, f"it chooses the number of steps: leave out --{lengths[-1]}" if lengths else ""
+    several = config.time_budget is not None and config.num_epochs is not None
+    yield "time_budget", not several, "it chooses the number of steps: leave out --num_epochs"
 
 
 def _is_colour(name: str) -> bool:

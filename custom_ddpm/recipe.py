@@ -116,7 +116,7 @@ DEFAULT: Mapping[str, Any] = {
     "adam_beta1": 0.9,
     "eval_batch_size": lambda facts, config: 8 * facts.num_classes if 1 < (facts.num_classes or 0) <= 16 else 64,
     "preview_sampler": "dpmsolver++",
-    "guidance_scale": lambda facts, config: 1.5 if facts.num_classes and config.label_dropout > 0 else 1.0,
+    "guidance_scale": lambda facts, config: 1.5 if config.class_conditional and config.label_dropout > 0 else 1.0,
     "channels_last": False,
     "torch_compile": False,
 }

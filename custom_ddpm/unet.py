@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
@@ -411,6 +411,9 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
             raise TypeError(f"CustomUNet2DModel.__init__() got an unexpected keyword argument {name!r}")
         _refuse_other_settings(kwargs)
         _check_arguments(self.config)
+        self.patch_size = patch_size
+        if patch_size == 1:  # `UNet2DModel`, which does not know the name, reads the configuration too
+            self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "patch_size"})
         channels, embedding_dim = block_out_channels[0], 4 * block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels, embedding_dim)
@@ -472,8 +475,8 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: `patch_size` is more than 1, which `UNet2DModel` does not have.
         """
-        if self.config.patch_size > 1:
-            raise ValueError(f"UNet2DModel has no patch_size; this model's is {self.config.patch_size}")
+        if self.patch_size > 1:
+            raise ValueError(f"UNet2DModel has no patch_size; this model's is {self.patch_size}")
         return _convert(UNet2DModel, self)
 
     def _init_weights(self) -> None:
@@ -520,7 +523,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         height, width = sample.shape[2:]
         sample, top, left = self._pad(sample)
 
-        patch_size = self.config.patch_size
+        patch_size = self.patch_size
         sample = self.conv_in(F.pixel_unshuffle(sample, patch_size) if patch_size > 1 else sample)
         skips = [sample]
         for block in self.down_blocks:
@@ -572,7 +575,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         The border is replicated, since this keeps the brightness and the noise level in the statistics of the group
         norms (zeros would reduce both) and works for any size (reflection needs less padding than image).
         """
-        stride = self.config.patch_size * 2 ** (len(self.down_blocks) - 1)
+        stride = self.patch_size * 2 ** (len(self.down_blocks) - 1)
         extra_height, extra_width = ((side + stride - 1) // stride * stride - side for side in sample.shape[2:])
         top, left = extra_height // 2, extra_width // 2
         if extra_height or extra_width:

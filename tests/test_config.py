@@ -45,7 +45,7 @@ def test_default_file_only_where_no_data_is_named(tmp_path):
     default.write_text("dataset_name: digits\nresolution: 16\n")
     assert parse_config([], default).dataset_name == "digits"
     assert parse_config(["--seed", "1"], default).resolution == [16]
-    assert parse_config(["--dataset_name", "other"], default).resolution == [64]
+    assert parse_config(["--dataset_name", "other"], default).resolution is None
     assert parse_config(["--train_data_dir", "folder"], default).dataset_name is None
 
 
@@ -61,7 +61,7 @@ def test_default_file_only_where_no_data_is_named(tmp_path):
         ("--dropout 1", "--dropout is 1.0; it must be in [0, 1)"),
         ("--seed -1", "--seed is -1; it must not be negative"),
         (
-            "--block_out_channels 33 64",
+            "--block_out_channels 33 64 --norm_num_groups 32",
             "--block_out_channels is [33, 64]; each must be a multiple of --norm_num_groups, 32",
         ),
         (
@@ -75,9 +75,12 @@ def test_default_file_only_where_no_data_is_named(tmp_path):
             "--loss_type vlb --variance_type zero",
             "--loss_type is 'vlb'; the bound is infinite with --variance_type zero",
         ),
-        ("--rescale_betas_zero_snr", "--prediction_type is 'epsilon'; zero terminal SNR needs v_prediction or sample"),
+        (
+            "--rescale_betas_zero_snr --prediction_type epsilon",
+            "--prediction_type is 'epsilon'; zero terminal SNR needs v_prediction or sample",
+        ),
         ("--ddpm_num_steps 10 --ddpm_num_inference_steps 11", "it must not be more than --ddpm_num_steps, 10"),
-        ("--guidance_scale 2", "guidance needs --class_conditional and --label_dropout above 0"),
+        ("--guidance_scale 2 --no_class_conditional", "guidance needs --class_conditional and --label_dropout above 0"),
         ("--train_batch_size many", "argument --train_batch_size: invalid int value: 'many'"),
         ("--image_mode CMYK", "invalid choice: 'CMYK' (choose from"),
         ("--lr_schedule cosine", "unknown flag --lr_schedule; did you mean --lr_scheduler?"),
@@ -106,7 +109,7 @@ def test_dashes_are_underscores(tmp_path):
     default.write_text("dataset_name: digits\nresolution: 16\n")
     config = parse_config(["--train-data-dir", "some-folder", "--lr-warmup-steps=7"], default)
     assert (config.dataset_name, config.train_data_dir, config.lr_warmup_steps) == (None, "some-folder", 7)
-    assert config.resolution == [64]
+    assert config.resolution is None
     file = tmp_path / "run.yaml"
     file.write_text("train-batch-size: 3\n")
     assert parse_config(["--config", str(file)]).train_batch_size == 3
@@ -168,7 +171,7 @@ def test_help_shows_every_flag_once_in_its_group_and_config_first():
     assert list(dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(TrainingConfig))) == list(GROUPS)
     assert re.findall(r"^(\S+):$", text, re.MULTILINE) == ["options", *GROUPS]
     assert "--no_" not in text
-    assert "--block_out_channels N [N ...]" in text and "(default: 64 128 256 256)" in " ".join(text.split())
+    assert "--block_out_channels N [N ...]" in text and "(default: by --recipe)" in " ".join(text.split())
     assert "--use_ema [true|false]" in text and "and saved (default: true)" in " ".join(text.split())
     assert "train[:90%]" in text
 

@@ -202,7 +202,7 @@ def test_any_layout_equals_that_of_diffusers(layout, rows, columns, seed):
 def test_the_default_layout_is_the_cifar10_network_with_the_other_defaults_of_diffusers():
     ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (CustomUNet2DModel, UNet2DModel))
     layout = {"down_block_types", "up_block_types", "block_out_channels"}
-    for name in ours.keys() - {"self", "kwargs"}:
+    for name in ours.keys() - {"self", "kwargs", "patch_size"}:  # which theirs does not have
         assert ours[name].default == (CIFAR10[name] if name in layout else theirs[name].default), name
 
 
@@ -277,7 +277,7 @@ def test_all_unsupported_settings_are_listed_at_once():
     theirs = inspect.signature(UNet2DModel.__init__).parameters.keys()
     ours = inspect.signature(CustomUNet2DModel.__init__).parameters.keys()
     assert theirs - ours <= REFUSED.keys() | {"num_train_timesteps"}
-    assert ours - {"kwargs"} <= theirs
+    assert ours - {"kwargs", "patch_size"} <= theirs
     with pytest.raises(ValueError) as error:
         CustomUNet2DModel.from_config({**SMALL, **REFUSED})
     assert all(f"{name}={value!r}" in str(error.value) for name, value in REFUSED.items())
@@ -644,3 +644,27 @@ def test_return_dict_false_gives_a_tuple():
     inputs = make_inputs(SMALL)
     (output,) = model(*inputs, return_dict=False)
     assert torch.equal(output, model(*inputs).sample)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_patches_are_the_same_network_on_rearranged_pixels(size):
+    torch.manual_seed(0)
+    whole = CustomUNet2DModel(in_channels=8, out_channels=8, **SMALL)
+    nn.init.normal_(whole.conv_out.weight)
+    patched = CustomUNet2DModel(in_channels=2, out_channels=2, patch_size=2, **SMALL)
+    patched.load_state_dict(whole.state_dict())
+    x, t = torch.randn(3, 2, *size), torch.tensor([1, 5, 9])
+    found = patched(x, t).sample
+    assert found.shape == x.shape
+    if size == (8, 8):
+        pixels = torch.stack([x[:, :, i::2, j::2] for i in range(2) for j in range(2)], dim=2).flatten(1, 2)
+        expected = whole(pixels, t).sample.unflatten(1, (2, 4))
+        for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            torch.testing.assert_close(found[:, :, i::2, j::2], expected[:, :, k])
+
+
+def test_patches_cannot_be_converted():
+    with pytest.raises(ValueError, match="UNet2DModel has no patch_size; this model's is 2"):
+        CustomUNet2DModel(patch_size=2, **SMALL).to_diffusers()
+    with pytest.raises(ValueError, match="patch_size must be at least 1, got 0"):
+        CustomUNet2DModel(patch_size=0, **SMALL)

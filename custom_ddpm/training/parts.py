@@ -256,7 +256,7 @@ def _with_settings_of(pipeline: CustomDDPMPipeline, config: TrainingConfig) -> T
         "layers_per_block": unet.layers_per_block,
         "attention_head_dim": unet.attention_head_dim,
         "norm_num_groups": unet.norm_num_groups,
-        "patch_size": unet.patch_size,
+        "patch_size": pipeline.unet.patch_size,
         "resnet_time_scale_shift": unet.resnet_time_scale_shift,
         "dropout": unet.dropout,
         "ddpm_num_steps": noise.num_train_timesteps,

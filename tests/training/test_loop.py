@@ -95,3 +95,17 @@ def test_a_resumed_loop_draws_what_the_whole_one_draws():
     assert [number for number, _ in resumed] == [5, 6]
     for (_, one), (_, other) in zip(whole[4:], resumed, strict=True):
         assert torch.equal(one, other)
+
+
+def test_stratified_timesteps_are_evenly_spaced_in_the_global_batch():
+    device, each = torch.device("cpu"), []
+    for step in range(200):
+        u = draw(3, step, range(8), (1, 2, 2), device, strata=8).timestep.double()
+        parts = [draw(3, step, range(i, i + 2), (1, 2, 2), device, strata=8).timestep for i in (0, 2, 4, 6)]
+        assert torch.equal(u.float(), torch.cat(parts))
+        torch.testing.assert_close(u.sort().values.diff(), torch.full((7,), 1 / 8).double())
+        each.append(u)
+    # Every position of the batch sees all noise levels: the mean over steps of a uniform number.
+    assert (torch.stack(each).mean(0) - 0.5).abs().max() < 4 * (1 / 12 / 200) ** 0.5
+    others = draw(3, 0, range(8), (1, 2, 2), device)
+    assert torch.equal(others.noise, draw(3, 0, range(8), (1, 2, 2), device, strata=8).noise)

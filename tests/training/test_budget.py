@@ -1,0 +1,54 @@
+"""The number of steps by time: measuring changes nothing, and the run that follows is the run of that many steps."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import runs
+import torch
+import yaml
+
+from custom_ddpm.training import budget, build
+
+
+def test_a_run_with_a_time_budget_is_the_run_of_as_many_steps(tmp_path, monkeypatch):
+    """Measured steps leave weights, optimiser and random numbers as they were."""
+    lengths = {"max_train_steps": None, "time_budget": 1000.0}
+    monkeypatch.setattr(budget, "SECONDS", 0.05)
+    monkeypatch.setattr(build, "plan", lambda config, *_: dataclasses.replace(config, max_train_steps=12))
+    runs.run(tmp_path / "budget", **runs.RANDOM, **lengths)
+    monkeypatch.undo()
+    runs.run(tmp_path / "steps", **runs.RANDOM)
+    for step in (4, 12):
+        name = f"checkpoint-{step}"
+        assert runs.differences(tmp_path / "budget" / name, tmp_path / "steps" / name) == []
+
+
+def test_resuming_keeps_the_planned_number_of_steps(tmp_path, monkeypatch):
+    options = {"max_train_steps": None, "time_budget": 1000.0}
+    monkeypatch.setattr(budget, "SECONDS", 0.05)
+    monkeypatch.setattr(build, "plan", lambda config, *_: dataclasses.replace(config, max_train_steps=12))
+    runs.run(tmp_path / "whole", **options)
+    runs.run_killed_at(monkeypatch, 6, tmp_path / "killed", **options)
+    monkeypatch.setattr(build, "plan", lambda *_: pytest.fail("planned again"))
+    runs.run(tmp_path / "killed", resume_from_checkpoint="latest", **options)
+    assert runs.differences(tmp_path / "whole" / "checkpoint-12", tmp_path / "killed" / "checkpoint-12") == []
+    settings = json.loads((tmp_path / "killed" / "checkpoint-12" / "metadata.json").read_text())["settings"]
+    assert settings["max_train_steps"] == 12 and settings["time_budget"] == 1000.0
+    assert yaml.safe_load((tmp_path / "killed" / "training_config.yaml").read_text())["max_train_steps"] == 12
+
+
+@pytest.mark.slow
+def test_a_run_ends_within_its_time(tmp_path):
+    """Counted from the start of the process, which here has run for a while."""
+    already = time.time() - budget.psutil.Process().create_time()
+    start = time.perf_counter()
+    options = {"max_train_steps": None, "checkpointing_steps": 10**6}
+    runs.run(tmp_path / "run", time_budget=already / 60 + 0.6, **options)
+    assert 18 < time.perf_counter() - start < 54  # 36 seconds were asked for
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_the_speed_of_bf16_is_a_ratio():
+    assert 0.001 < budget.bf16_speed(torch.device("cpu")) < 100
