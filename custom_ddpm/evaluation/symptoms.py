@@ -241,7 +241,7 @@ def _labels_not_used(e: Evidence) -> Found:
     difference, error = (e.final[f"wrong_minus_right_labels{end}"] for end in ("", "_error"))
     if difference >= 3 * error:
         return None
-    evidence = f"with wrong labels the loss is higher by {difference:.2g} ± {error:.2g}, which is nothing"
+    evidence = f"with wrong labels the loss is higher by {difference:.2g}, standard error {error:.2g}"
     return evidence, "check the labels, raise --max_train_steps, or use --no_class_conditional"
 
 
