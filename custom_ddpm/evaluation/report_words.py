@@ -38,6 +38,7 @@ FINDINGS = {
     "too few steps": "训练步数太少",
     "loss has stopped falling": "损失不再下降",
     "worse than linear": "不如线性去噪器",
+    "labels not used": "没有用到类别标签",
     "average too long": "平均过长",
     "range or mode of the training pictures": "训练图片的范围或模式",
     "x_T shows the picture": "x_T 仍可见原图",

@@ -31,6 +31,8 @@ from .sharding import reshard
 logger = get_logger(__name__)
 
 MAX_PICTURES = 1024
+LABEL_PICTURES = 256  # fewer held-out pictures do not show whether labels are used; training pictures are taken then
+MAX_SEEDS, MAX_STEPS = 16, 100  # of the comparison of sampling steps, which takes three times as many evaluations
 
 
 @torch.no_grad()
@@ -90,10 +92,39 @@ def _summary(name: str, losses: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def wrong_labels(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Labels (N,) none of which is right, spread evenly over the other classes."""
+    shift = torch.arange(len(labels), device=labels.device) % (num_classes - 1)
+    return (labels + 1 + shift) % num_classes
+
+
+def sampling_change(run: Run) -> dict[str, Any]:
+    """How much pictures change with twice the sampling steps, if the grid has few; must be called by all processes.
+
+    The pictures of the same seeds are drawn without noise in the steps (η = 0). Their RMS difference is divided by √2
+    times the standard deviation of the pixels, which is that of unrelated pictures, and the median over seeds is taken.
+
+    Returns:
+        `sampling_steps` (both numbers) and `sampling_change`; empty if the grid has all steps or more than `MAX_STEPS`,
+        if sampling is random in any case, or if the pictures are all of one colour.
+    """
+    n, T = run.preview.sampling_options["num_inference_steps"], len(run.scheduler)
+    if n is None or n >= T or n > MAX_STEPS or run.scheduler.config.variance_type == "analytic":
+        return {}
+    steps = [n, min(2 * n, T)]
+    few, many = (run.preview.draw(MAX_SEEDS, num_inference_steps=k, eta=0.0).double().flatten(1) for k in steps)
+    spread = float(many.std(correction=0))
+    if spread == 0:
+        return {}
+    change = (many - few).square().mean(1).sqrt() / (math.sqrt(2) * spread)
+    return {"sampling_steps": steps, "sampling_change": float(change.median())}
+
+
 def measure_final_loss(run: Run, step: int) -> None:
     """Write `final_loss.json`: the loss of averaged and raw weights on training pictures, and on held-out ones.
 
-    All processes must call it. It takes at most a tenth of the pictures that the run was trained on.
+    With classes, also how much larger the loss is with wrong labels; see also `sampling_change`. All processes must
+    call it. It takes at most a tenth of the pictures that the run was trained on.
     """
     seen = run.first_sample + (step - run.first_step) * run.global_batch
     count = max(LEVELS, min(MAX_PICTURES, seen // 10))
@@ -108,8 +139,17 @@ def measure_final_loss(run: Run, step: int) -> None:
     with run.state.averaged():
         losses = measured(training)
         found = {"step": step, "pictures": len(losses), **_summary("training", losses)}
+        (images, labels), right = training, losses
         if held_out is not None:
-            found |= _summary("validation", measured(held_out))
+            of_held_out = measured(held_out)
+            found |= _summary("validation", of_held_out)
+            if len(of_held_out) >= LABEL_PICTURES:
+                (images, labels), right = held_out, of_held_out
+        num_classes = len(run.data.id2label or ())
+        if labels is not None and num_classes > 1:
+            wrong = measured((images, wrong_labels(labels, num_classes)))
+            found |= {"label_pictures": len(right), **_summary("wrong_minus_right_labels", wrong - right)}
+        found |= sampling_change(run)
     if run.state.ema is not None:
         unet.eval()
         raw = measured(training)

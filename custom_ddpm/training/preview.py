@@ -102,6 +102,18 @@ class Preview:
         hidden = not self.accelerator.is_main_process
         self._pipeline.set_progress_bar_config(leave=False, desc="Sampling", disable=hidden)
 
+    def draw(self, count: int, **options: Any) -> torch.Tensor:
+        """The first `count` pictures of the grid at most, uint8 (N, C, H, W); must be called by all processes.
+
+        Args:
+            count: number of pictures.
+            **options: arguments of the pipeline's call, in place of those of the grid.
+        """
+        seeds = self.seeds[:count]
+        labels = None if self.id2label is None else [i % len(self.id2label) for i in range(len(seeds))]
+        options = {**self.sampling_options, **options}
+        return sample_images(self._pipeline, seeds, labels, batch_size=self.batch_size, **options)
+
     def save(self, step: int, final: bool = False) -> None:
         """Save the sample grid, the loss curves and the pipeline after optimiser step `step`, and log to trackers.
 
@@ -113,10 +125,7 @@ class Preview:
                     self.state.unet, self.scheduler, self.validation_data, self.batch_size, self.accelerator
                 )
                 self.metrics.write({"step": step, "validation_loss": loss})
-            labels = None if self.id2label is None else [i % len(self.id2label) for i in range(len(self.seeds))]
-            images = sample_images(
-                self._pipeline, self.seeds, labels, batch_size=self.batch_size, **self.sampling_options
-            )
+            images = self.draw(len(self.seeds))
             self.metrics.draw()
             unet = self.state.whole_unet()
             if self.accelerator.is_main_process:

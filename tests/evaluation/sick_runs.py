@@ -69,16 +69,24 @@ SICK_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "blue is 0": ("range or mode of the training pictures", {**SHORT, "pictures": "no blue"}),
     "gray as RGB": ("range or mode of the training pictures", {**SHORT, "image_mode": "RGB"}),
     "schedule laplace": ("x_T shows the picture", {"ddpm_beta_schedule": "laplace"}),
+    "labels drawn at random": ("labels not used", {**SHORT, "pictures": "random labels", "class_conditional": True}),
     "5 sampling steps": ("too few sampling steps", {**SHORT, "ddpm_num_inference_steps": 5}),
 }
 
 
 def write_pictures(folder: Path, kind: str) -> Path:
-    """Digits whose pixels are 0 … 1, or coloured without blue."""
+    """Digits whose pixels are 0 … 1, coloured without blue, or in the folders of classes that are not theirs."""
     folder.mkdir(parents=True)
+    labels = np.random.default_rng(0).integers(0, 10, 400)
     for i, image in enumerate(open_images(dataset_name=DIGITS, resolution=8).take(400)[0].numpy()):
-        pixels = np.stack([image[0], 255 - image[0], 0 * image[0]], -1) if kind == "no blue" else image[0] // 128
-        PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+        pixels = {
+            "unit": image[0] // 128,
+            "no blue": np.stack([image[0], 255 - image[0], 0 * image[0]], -1),
+            "random labels": image[0],
+        }[kind]
+        place = folder / str(labels[i]) if kind == "random labels" else folder
+        place.mkdir(exist_ok=True)
+        PIL.Image.fromarray(pixels).save(place / f"{i}.png")
     return folder
 
 

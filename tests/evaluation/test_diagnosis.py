@@ -133,6 +133,20 @@ SICK = {
     "laplace": ("x_T shows the picture", {"scheduler": CustomDDPMScheduler(beta_schedule="laplace")}),
     "few betas": ("x_T shows the picture", {"scheduler": CustomDDPMScheduler(200)}),
     "leading, 4 steps": ("sampling starts too late", {"ddpm_num_inference_steps": 4}),
+    "wrong labels are as good": (
+        "labels not used",
+        {
+            "final": {
+                "label_pictures": 256,
+                "wrong_minus_right_labels": 2.9e-4,
+                "wrong_minus_right_labels_error": 1e-4,
+            }
+        },
+    ),
+    "twice the steps draw other pictures": (
+        "too few sampling steps",
+        {"ddpm_num_inference_steps": 40, "final": {"sampling_steps": [40, 80], "sampling_change": 0.04}},
+    ),
     "ten steps": ("too few sampling steps", {"ddpm_num_inference_steps": 10}),
     "one colour": ("drawn pictures look wrong", {"samples": torch.full((16, 1, 8, 8), 90, dtype=torch.uint8)}),
     "too bright": ("drawn pictures look wrong", {"samples": 200 + pictures() // 5}),
@@ -184,6 +198,9 @@ def test_every_finding_has_a_sickness_and_names_a_flag():
         },
         {"use_ema": False, "ema_power": 1.0, "ema_max_decay": 0.99999},
         {"ddpm_num_inference_steps": 50},
+        {"ddpm_num_inference_steps": 10, "final": {"sampling_steps": [10, 20], "sampling_change": 0.025}},
+        {"final": {"label_pictures": 256, "wrong_minus_right_labels": 3.1e-4, "wrong_minus_right_labels_error": 1e-4}},
+        {"final": {"label_pictures": 255, "wrong_minus_right_labels": 0.0, "wrong_minus_right_labels_error": 1e-4}},
         # x_0-prediction: even a linear denoiser is not far below a constant.
         {
             "lines": losses(lambda u: 0.23, at=[0.23] * 10),

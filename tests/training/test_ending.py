@@ -21,14 +21,15 @@ def final(folder):
     return json.loads((folder / "final_loss.json").read_text())
 
 
-def losses_by_hand(unet, scheduler, images):
+def losses_by_hand(unet, scheduler, images, labels=None):
     losses = []
     for i, image in enumerate(images):
+        condition = {} if labels is None else {"class_labels": torch.tensor([labels[i]])}
         noise = draw(0, 0, range(i, i + 1), image.shape, torch.device("cpu")).noise
         t = math.floor((i + 0.5) / len(images) * len(scheduler))
         a = scheduler.alphas_cumprod[t]
         with torch.no_grad():
-            output = unet(a.sqrt() * (image / 127.5 - 1) + (1 - a).sqrt() * noise, t).sample
+            output = unet(a.sqrt() * (image / 127.5 - 1) + (1 - a).sqrt() * noise, t, **condition).sample
         losses.append((output - noise).square().mean().item())
     return np.array(losses)
 
@@ -57,8 +58,61 @@ def test_averaged_and_raw_weights_are_measured_on_the_same_noise(tmp_path):
 
 
 def test_without_an_average_or_held_out_pictures_there_is_one_loss(tmp_path):
-    run(tmp_path, use_ema=False)
+    run(tmp_path, use_ema=False, ddpm_num_inference_steps=None)
     assert final(tmp_path).keys() == {"step", "pictures", "training", "training_by_timestep", "training_error"}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_loss_with_wrong_labels_is_that_of_other_classes(tmp_path, held_out):
+    splits = {"split": "train[:50%]", "validation_split": "train[50%:]"} if held_out else {}
+    run(tmp_path, class_conditional=True, learning_rate=1e-2, train_batch_size=64, max_train_steps=41, **splits)
+    found, pipeline = final(tmp_path), CustomDDPMPipeline.from_pretrained(tmp_path)
+    assert found["label_pictures"] == found["pictures"] == 262
+    data = open_images(
+        dataset_name=DIGITS, split="train[50%:]" if held_out else "train", resolution=8, class_conditional=True
+    )
+    batches = data.batches([range(262)])
+    images, labels = next(batches)
+    batches.close()
+    wrong = [(int(label) + 1 + i % 9) % 10 for i, label in enumerate(labels)]
+    assert all(a != b for a, b in zip(wrong, labels.tolist(), strict=True)) and set(wrong) == set(range(10))
+    losses = [losses_by_hand(pipeline.unet, pipeline.scheduler, images, taken) for taken in (labels.tolist(), wrong)]
+    difference = losses[1] - losses[0]
+    assert found["wrong_minus_right_labels"] == pytest.approx(difference.mean(), rel=1e-3, abs=1e-7)
+    level = np.arange(262) * 10 // 262
+    spread = sum(difference[level == i].var(ddof=1) * (level == i).sum() for i in range(10))
+    assert found["wrong_minus_right_labels_error"] == pytest.approx(math.sqrt(spread) / 262, rel=1e-3)
+
+
+def test_pictures_are_compared_with_those_of_twice_the_steps(tmp_path):
+    options = {"class_conditional": True, "label_dropout": 0.2, "guidance_scale": 2.0, "eval_batch_size": 20}
+    run(tmp_path, **options, ddpm_num_inference_steps=6, seed=3, learning_rate=1e-2)
+    found, pipeline = final(tmp_path), CustomDDPMPipeline.from_pretrained(tmp_path)
+    few, many = (
+        np.stack(
+            [
+                pipeline(
+                    class_labels=i % 10,
+                    guidance_scale=2.0,
+                    num_inference_steps=n,
+                    eta=0.0,
+                    generator=torch.Generator().manual_seed(3 + i),
+                    output_type="np",
+                ).images[0]
+                for i in range(16)
+            ]
+        )
+        for n in (6, 12)
+    )
+    change = np.sqrt(((few - many) ** 2).mean((1, 2, 3))) / (math.sqrt(2) * many.std())
+    assert found["sampling_steps"] == [6, 12]
+    assert found["sampling_change"] == pytest.approx(np.median(change), rel=0.02)  # of pictures with 256 values
+
+
+@pytest.mark.parametrize(("steps", "compared"), [(15, [15, 20]), (20, None), (None, None)])
+def test_no_more_than_all_steps_are_compared(tmp_path, steps, compared):
+    run(tmp_path, ddpm_num_inference_steps=steps)
+    assert final(tmp_path).get("sampling_steps") == compared
 
 
 def test_it_changes_nothing_in_the_run_and_a_failure_is_a_warning(tmp_path, monkeypatch, caplog, capsys):
