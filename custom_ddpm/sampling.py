@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, parse_flag_from_env
+from diffusers import DPMSolverMultistepScheduler
 from PIL import ImageDraw, ImageFont
 
 from .data.pixels import denormalise
@@ -33,6 +34,19 @@ def process_state() -> PartialState:
     """The state of the processes, which the first call starts; on CPUs where there is no accelerator or so chosen."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)
+
+
+def clipping(scheduler: Any) -> dict[str, Any]:
+    """Settings with which diffusers' multistep solvers clip x̂_0 if `scheduler`, whose place they take, does.
+
+    They have no `clip_sample`; thresholding with a largest value of 1 is the same.
+    """
+    return {"thresholding": bool(scheduler.config.clip_sample), "sample_max_value": 1.0}
+
+
+def fast_sampler(scheduler: Any) -> Any:
+    """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095) for the noise schedule of a scheduler."""
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing", **clipping(scheduler))
 
 
 def draw_batch(pipeline: Any, seeds: Sequence[int], labels: Sequence[Any] | None, **options: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..hub.push import BackgroundPush
 from ..likelihood import ImportanceSampler
 from ..messages import one_line
 from ..recipe import before_data, complete_length
+from ..sampling import fast_sampler
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
 from .budget import plan, seconds_per_step
@@ -26,7 +27,7 @@ from .ema import PostHocEMA
 from .launch import command_line, get_logger
 from .loop import Loss
 from .metrics import MetricsLogger
-from .parts import build_ema, build_loss, build_model, build_optimizer, describe_device, fast_sampler, open_data
+from .parts import build_ema, build_loss, build_model, build_optimizer, describe_device, open_data
 from .preview import Preview
 from .scores import Scores, build_scores
 from .sharding import local_part

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
-from diffusers import DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel
 
 from ..config import TrainingConfig
@@ -161,13 +160,6 @@ def _make_scheduler(
         variance_type=variance_type,
         rescale_betas_zero_snr=zero_snr,
         timestep_spacing="trailing",  # with fewer steps than T, sampling starts at T−1, where the noise does
-    )
-
-
-def fast_sampler(scheduler: CustomDDPMScheduler) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095) on the noise schedule of a scheduler."""
-    return DPMSolverMultistepScheduler.from_config(
-        scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
     )
 
 

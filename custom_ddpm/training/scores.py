@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import DPMSolverMultistepScheduler
 
 from ..config import TrainingConfig
 from ..data.base import ImageData
@@ -20,6 +19,7 @@ from ..evaluation.features import Features, load_features
 from ..evaluation.pictures import DatasetPictures, ModelPictures
 from ..evaluation.records import SCORES, read_metrics
 from ..pipelines import CustomDDPMPipeline
+from ..sampling import fast_sampler
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
 from .launch import get_logger
@@ -87,11 +87,6 @@ class Reference:
             "standard_errors": {metric.name: metric.standard_error for metric in metrics},
         }
         return {**{metric.name: metric.value for metric in metrics}, SCORES: about}
-
-
-def fast_sampler(scheduler: CustomDDPMScheduler) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ for a noise scheduler, second order; it starts where the noise does."""
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
 
 
 def open_reference(
