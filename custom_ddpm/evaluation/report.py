@@ -23,7 +23,7 @@ from ..flags import parse_config
 from ..hub.card import _public_name
 from ..messages import one_line
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
-from ..sampling import process_state
+from ..sampling import clipping, process_state
 from ..training.build import CONFIG_FILE
 from ..training.parts import open_data
 from .bits_per_dim import as_json as bits_as_json
@@ -335,7 +335,7 @@ class Report:
             options["guidance_scale"] = given.guidance_scale
         try:
             if scheduler is not None:
-                own = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+                own = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **clipping(pipeline.scheduler))
                 pipeline = CustomDDPMPipeline(pipeline.unet, own, id2label=pipeline.config.id2label)
                 pipeline.set_progress_bar_config(disable=True)
             pictures = ModelPictures(pipeline, f"{name}, {n} steps", count, given.seed, options)
