@@ -114,7 +114,7 @@ DEFAULT: Mapping[str, Any] = {
     "train_batch_size": lambda facts, config: 16 if facts.device == "cpu" else 64,
     "learning_rate": lambda facts, config: 2e-3 if facts.device == "cpu" else 5e-4,
     "adam_beta1": 0.9,
-    "eval_batch_size": lambda facts, config: 8 * facts.num_classes if 1 < (facts.num_classes or 0) <= 16 else 64,
+    "eval_batch_size": lambda facts, config: 5 * facts.num_classes if 1 < (facts.num_classes or 0) <= 16 else 36,
     "preview_sampler": "dpmsolver++",
     "guidance_scale": lambda facts, config: 1.5 if config.class_conditional and config.label_dropout > 0 else 1.0,
     "channels_last": False,

@@ -335,7 +335,9 @@ class Report:
             options["guidance_scale"] = given.guidance_scale
         try:
             if scheduler is not None:
-                own = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **clipping(pipeline.scheduler))
+                own = getattr(diffusers, scheduler).from_config(
+                    pipeline.scheduler.config, **clipping(pipeline.scheduler)
+                )
                 pipeline = CustomDDPMPipeline(pipeline.unet, own, id2label=pipeline.config.id2label)
                 pipeline.set_progress_bar_config(disable=True)
             pictures = ModelPictures(pipeline, f"{name}, {n} steps", count, given.seed, options)

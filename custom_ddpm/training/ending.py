@@ -112,7 +112,8 @@ def sampling_change(run: Run) -> dict[str, Any]:
     if n is None or n >= T or n > MAX_STEPS or run.scheduler.config.variance_type == "analytic":
         return {}
     steps = [n, min(2 * n, T)]
-    few, many = (run.preview.draw(MAX_SEEDS, num_inference_steps=k, eta=0.0).double().flatten(1) for k in steps)
+    options = {"eta": 0.0} if run.preview.sampler is run.scheduler else {}  # DPM-Solver++ draws no noise
+    few, many = (run.preview.draw(MAX_SEEDS, num_inference_steps=k, **options).double().flatten(1) for k in steps)
     spread = float(many.std(correction=0))
     if spread == 0:
         return {}
