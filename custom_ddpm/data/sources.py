@@ -148,7 +148,7 @@ def _label_column(
         return None
     if class_conditional is None and name is None:
         name = usable_label_column(dataset)
-        notes += [f"the labels of the column {name} are used; --no_class_conditional leaves them out"] * bool(name)
+        notes += [f"the labels of the column {name} are used; --class_conditional false leaves them out"] * bool(name)
         return name
     return find_label_column(dataset.features, name)
 

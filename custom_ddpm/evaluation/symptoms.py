@@ -242,7 +242,7 @@ def _labels_not_used(e: Evidence) -> Found:
     if difference >= 3 * error:
         return None
     evidence = f"with wrong labels the loss is higher by {difference:.2g}, standard error {error:.2g}"
-    return evidence, "check the labels, raise --max_train_steps, or use --no_class_conditional"
+    return evidence, "check the labels, raise --max_train_steps, or use --class_conditional false"
 
 
 # ---- pictures ----
