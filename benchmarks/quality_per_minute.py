@@ -112,6 +112,7 @@ def smalldiffusion() -> Peer:
     return net, loss, torch.optim.Adam(net.parameters(), 7e-4), draw
 
 
+GRIDS = "--preview_sampler dpmsolver++ --ddpm_num_inference_steps 20 --save_images_steps 1000000".split()
 PEERS: dict[str, tuple[Callable[[], Peer], int]] = {  # with the batch size
     "diffusers": (diffusers_script, 16),
     "denoising-diffusion-pytorch": (lucidrains, 32),
@@ -152,7 +153,7 @@ def train_ours(name: str, data: str, minutes: float, count: int, file: Path, opt
     """The same for a recipe of this package, by its commands."""
     run = file.with_suffix("")
     words = ["--dataset_name", data, "--time_budget", str(minutes), "--output_dir", str(run), *OURS[name]]
-    size = [] if name == "default" else ["--resolution", "28"]
+    size = [] if name == "default" else ["--resolution", "28", *GRIDS]
     start = time.time()
     subprocess.run([sys.executable, str(ROOT / "train_ddpm.py"), *words, *size], check=True, **options)
     seconds = time.time() - start

@@ -737,7 +737,7 @@ def main(arguments: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
     what.add_argument("--figures", action="store_true", help="also draw the figures that need no trained model")
-    what.add_argument("--model", help="also draw all figures, with a pipeline trained by examples/configs/digits_epsilon.yaml")
+    what.add_argument("--model", help="also draw all figures, with a pipeline of examples/configs/digits_epsilon.yaml")
     options = parser.parse_args(arguments)
     for page, text in pages().items():
         path = DOCS / page

@@ -208,8 +208,7 @@ def open_images(
         split: split expression such as "train[:90%]" (streams of datasets: names only, such as "train+test").
         streaming: whether to decode the images at every visit instead of caching them.
         image_column, label_column: chosen by type if None, see `find_image_column`, `find_label_column`.
-        class_conditional: whether to read labels. Those that occur are numbered 0 … K-1 without gaps. None: if there
-            are labels, see `labels.usable_label_column`.
+        class_conditional: whether to read labels, numbered 0 … K-1; None: see `labels.usable_label_column`.
         id2label: numbering to use instead; for a held-out split that of the training split, with its `mode`.
         on_bad_image: for a row without a readable image: "raise" an error that names it, or "skip" it.
         image_mode: "L", "RGB" or "RGBA", or None for the rules in `custom_ddpm.data.pixels`.
@@ -233,8 +232,7 @@ def open_images(
     request = Request(image_column, label_column, id2label, seed, num_workers, on_bad_image == "skip")
     folder = os.fspath(train_data_dir) if train_data_dir else None
     source = [dataset_name, folder, dataset_config_name, dataset_revision, split]
-    data = (
-        StreamedImages(dataset, transform, request, source) if streaming else CachedImages(dataset, transform, request)
-    )
+    streamed = functools.partial(StreamedImages, source=source)
+    data: ImageData = (streamed if streaming else CachedImages)(dataset, transform, request)
     data.notes = notes
     return data

@@ -112,17 +112,19 @@ def seconds_per_step(
     return float(broadcast_object_list([later[len(later) // 2]])[0])
 
 
-def plan(config: TrainingConfig, data: ImageData, seconds: float, num_processes: int) -> TrainingConfig:
+def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator) -> TrainingConfig:
     """Choose --max_train_steps so that the run ends with its --time_budget, counted from the start of this process.
 
     Args:
         config: settings of the run, with a time budget.
-        data: the pictures.
         seconds: time of an optimiser step.
-        num_processes: of the run.
+        accelerator: of the run.
+
+    Raises:
+        ValueError: there is no time left for training.
     """
     assert config.time_budget is not None
-    images_per_step = config.train_batch_size * num_processes * config.gradient_accumulation_steps
+    images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     picture = seconds / images_per_step * FORWARD  # a forward pass of one picture, on all processes
     guided = 1 if config.guidance_scale == 1.0 else 2
     grid = picture * config.eval_batch_size * config.ddpm_num_inference_steps * guided
@@ -131,11 +133,18 @@ def plan(config: TrainingConfig, data: ImageData, seconds: float, num_processes:
     left = 60 * config.time_budget - elapsed - ENDING
     # At the end the loss is measured, on a tenth of the pictures that were seen and 1,024 at most, with both weights.
     left -= 2 * min(1024 * picture, 0.1 * max(0.0, left) * FORWARD)
-    left -= grid * (GRIDS + 1)
-    steps = max(MIN_STEPS, int(left / seconds))
-    steps = int(broadcast_object_list([steps])[0])
+    if config.save_images_steps is None:
+        left -= grid * (GRIDS + 1)
+    else:
+        left, seconds = left - grid, seconds + grid / config.save_images_steps
+    steps = int(broadcast_object_list([int(left / seconds)])[0])
+    if steps < MIN_STEPS:
+        raise ValueError(
+            f"--time_budget is {config.time_budget:g}; loading, sample grids and the end of the run alone take about "
+            f"{config.time_budget - left / 60:.1f} minutes here: raise it, or lower --ddpm_num_inference_steps"
+        )
     logger.info(
-        f"--time_budget {config.time_budget:g}: {images_per_step / seconds:,.0f} pictures/s, {steps:,} optimiser steps "
-        f"of {images_per_step} pictures, {steps * images_per_step:,} in all"
+        f"--time_budget {config.time_budget:g}: about {images_per_step / seconds:,.0f} pictures/s, {steps:,} optimiser "
+        f"steps of {images_per_step} pictures, {steps * images_per_step:,} in all"
     )
     return dataclasses.replace(config, max_train_steps=steps)

@@ -88,6 +88,7 @@ def _apply_memory_settings(
     config: TrainingConfig, unet: CustomUNet2DModel, accelerator: Accelerator
 ) -> torch.memory_format:
     """Apply the settings for memory and speed to the U-Net; returns the memory layout of its inputs."""
+    logger.info(f"network: {sum(weight.numel() for weight in unet.parameters()):,} parameters")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -125,6 +126,13 @@ def _build_lr_scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer
     return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
 
+def _record(config: TrainingConfig, settings: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Write the settings of the run to its folder and its trackers."""
+    if accelerator.is_main_process:
+        Path(config.output_dir, CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    accelerator.init_trackers("custom_ddpm", config={name: str(value) for name, value in settings.items()})
+
+
 def _with_choices_of(config: TrainingConfig, metadata: Mapping[str, Any]) -> TrainingConfig:
     """The settings that are not given as the checkpoint's run had them: another machine would choose others."""
     saved = metadata.get("settings")
@@ -149,30 +157,24 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     Raises:
         ValueError, OSError: invalid settings, data or checkpoint; one line, before the first step.
     """
-    config = before_data(config if resumed is None else _with_choices_of(config, resumed[1]))
+    config = before_data(_with_choices_of(config, {} if resumed is None else resumed[1]))
     data, validation_data = open_data(config, accelerator)
-    logger.info(describe_device(accelerator))
-    logger.info(data.describe())
+    logger.info(f"{describe_device(accelerator)}\n{data.describe()}")
     torch.manual_seed(config.seed)
     config, unet, scheduler = build_model(config, data, accelerator.device.type)
     memory_format = _apply_memory_settings(config, unet, accelerator)
 
-    importance = config.timestep_sampling == "importance"
-    sampler = ImportanceSampler(len(scheduler)).to(accelerator.device) if importance else None
+    sampler = _build_sampler(config, len(scheduler), accelerator)
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     facts = {"dataset": data.fingerprint, "global_batch": global_batch}
-    if resumed is not None:
-        settings = {**dataclasses.asdict(config), **facts}
-        resumed = _usable_checkpoint(resumed, config, settings, unet, sampler, accelerator)
+    resumed = _usable_checkpoint(resumed, config, facts, unet, sampler, accelerator)
     first_step, first_sample = (resumed[1]["step"], resumed[1]["samples_seen"]) if resumed else (0, 0)
     optimizer = build_optimizer(config, unet)
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
     loss, loop_options = build_loss(config), _loop_options(config, data, sampler, memory_format)
     if config.max_train_steps is None and config.time_budget is not None:
-        seconds = seconds_per_step(
-            model, scheduler, prepared_optimizer, data, accelerator, loss, config.train_batch_size, loop_options
-        )
-        config = plan(config, data, seconds, accelerator.num_processes)
+        parts = (model, scheduler, prepared_optimizer, data, accelerator, loss)
+        config = plan(config, seconds_per_step(*parts, config.train_batch_size, loop_options), accelerator)
     max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)
     config = complete_length(config, max_train_steps)
     settings = {**dataclasses.asdict(config), **facts}
@@ -180,14 +182,11 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     state = _build_state(config, accelerator, unet, optimizer, sampler)
     if resumed is not None:
         _resume(resumed, settings, state, lr_scheduler)
-    if accelerator.is_main_process:
-        Path(config.output_dir, CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-    accelerator.init_trackers("custom_ddpm", config={name: str(value) for name, value in settings.items()})
-    metrics = MetricsLogger(
-        accelerator, Path(config.output_dir), len(scheduler), first_step, max_train_steps, global_batch
-    )
+    _record(config, settings, accelerator)
+    folder = Path(config.output_dir)
+    metrics = MetricsLogger(accelerator, folder, len(scheduler), first_step, max_train_steps, global_batch)
     return Run(
-        output_dir=Path(config.output_dir),
+        output_dir=folder,
         accelerator=accelerator,
         model=model,
         optimizer=prepared_optimizer,
@@ -234,6 +233,11 @@ def _build_state(
     )
 
 
+def _build_sampler(config: TrainingConfig, T: int, accelerator: Accelerator) -> ImportanceSampler | None:
+    """What draws the timesteps, if they are not uniform."""
+    return ImportanceSampler(T).to(accelerator.device) if config.timestep_sampling == "importance" else None
+
+
 def _loop_options(
     config: TrainingConfig, data: ImageData, sampler: ImportanceSampler | None, memory_format: torch.memory_format
 ) -> dict[str, Any]:
@@ -250,18 +254,21 @@ def _loop_options(
 
 
 def _usable_checkpoint(
-    resumed: Resumed,
+    resumed: Resumed | None,
     config: TrainingConfig,
-    settings: dict[str, Any],
+    facts: dict[str, Any],
     unet: CustomUNet2DModel,
     sampler: ImportanceSampler | None,
     accelerator: Accelerator,
-) -> Resumed:
-    """The checkpoint to resume from, chosen by the main process; see `_first_usable`.
+) -> Resumed | None:
+    """The checkpoint to resume from, chosen by the main process; see `_first_usable`. None for a new run.
 
     Raises:
         ValueError: on all processes: the checkpoint belongs to a run with other settings, or none fits the model.
     """
+    if resumed is None:
+        return None
+    settings = {**dataclasses.asdict(config), **facts}
     choice: list[Any] = [None, None]  # a checkpoint, or what is wrong
     if accelerator.is_main_process:
         try:

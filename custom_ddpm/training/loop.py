@@ -59,8 +59,8 @@ def training_steps(
         accelerator: its `gradient_accumulation_steps` batches make one step.
         loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
         max_train_steps, first_step: optimiser steps of the whole run, and those done before.
-        seed, timestep_sampler: seed of the random draws (`randomness.draw`), and what draws t (None: uniform).
-        stratified: whether the timesteps of a global batch are evenly spaced rather than independent.
+        seed, timestep_sampler, stratified: seed of the random draws (`randomness.draw`), what draws t (None: uniform),
+            and whether the timesteps of a global batch are evenly spaced rather than independent.
         random_flip: whether pictures are flipped left-right at random.
         label_dropout, null_label: probability of replacing a label by `null_label`, for classifier-free guidance.
         max_grad_norm, memory_format: norm that gradients are clipped to; memory layout of x_t.
@@ -70,12 +70,8 @@ def training_steps(
         timesteps, losses = [], []
         for batch in range(accelerator.gradient_accumulation_steps):
             images, labels = next(batches)
-            first = (batch * accelerator.num_processes + accelerator.process_index) * len(images)
-            positions = range(first, first + len(images))  # in the global batch
-            global_batch = len(images) * accelerator.num_processes * accelerator.gradient_accumulation_steps
-            strata = global_batch if stratified else None
-            draws = draw(seed, step, positions, images.shape[1:], accelerator.device, strata)
-
+            positions, global_batch = _in_global_batch(accelerator, batch, len(images))
+            draws = draw(seed, step, positions, images.shape[1:], accelerator.device, stratified and global_batch)
             x_0 = _flipped(normalise(images.to(accelerator.device, non_blocking=True)), draws, random_flip)
             t, weights = timestep_sampler.sample(draws.timestep)
             x_t = scheduler.add_noise(x_0, draws.noise, t).to(memory_format=memory_format)
@@ -93,6 +89,12 @@ def training_steps(
             losses.append(sample_losses.detach())
         lr_scheduler.step()
         yield TrainingStep(step + 1, timesteps, losses, grad_norm, skipped)
+
+
+def _in_global_batch(accelerator: Accelerator, batch: int, count: int) -> tuple[range, int]:
+    """Positions of the samples of this process's batch in the global batch, and the size of that."""
+    first = (batch * accelerator.num_processes + accelerator.process_index) * count
+    return range(first, first + count), count * accelerator.num_processes * accelerator.gradient_accumulation_steps
 
 
 def _flipped(x_0: torch.Tensor, draws: Draws, random_flip: bool) -> torch.Tensor:

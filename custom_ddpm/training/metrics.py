@@ -29,6 +29,9 @@ from .launch import get_logger
 logger = get_logger(__name__)
 
 
+LONG_ON_CPU = 120  # minutes
+
+
 class TimedBatches:
     """An iterator over the batches of another, with the time that was spent waiting for them.
 
@@ -86,6 +89,7 @@ class MetricsLogger:
         self._levels = torch.zeros(2, LEVELS, device=accelerator.device)
         self._steps = torch.zeros(2, device=accelerator.device)  # sum of gradient norms, number of skipped steps
         self._logged_step, self._logged_time, self._waited = start_step, time.perf_counter(), 0.0
+        self._told_time_left = False
         self.bar = tqdm(
             total=max_train_steps,
             initial=start_step,
@@ -150,10 +154,22 @@ class MetricsLogger:
                 f"step {step}: {line['data_wait']:.0%} of the time was spent waiting for pictures; with --streaming "
                 "raise --dataloader_num_workers, without --streaming put --cache_dir on a faster disk"
             )
+        self._tell_time_left(step, line["images_per_second"])
         self._levels.zero_()
         self._steps.zero_()
         self.restart_clock(step)
         return line
+
+    def _tell_time_left(self, step: int, images_per_second: float) -> None:
+        """Tell once how long the rest of the run takes, if that is minutes; on a CPU, what makes hours minutes."""
+        minutes = (self.bar.total - step) * self.images_per_step / images_per_second / 60
+        if self._told_time_left or minutes < 2:
+            return
+        self._told_time_left = True
+        text = f"{images_per_second:,.0f} pictures/s: {minutes:,.0f} minutes to the end"
+        if self.accelerator.device.type == "cpu" and minutes > LONG_ON_CPU:
+            text += "; --time_budget 30 without --max_train_steps and --num_epochs plans a run of 30 minutes"
+        logger.info(text)
 
     def restart_clock(self, step: int) -> None:
         """Exclude what was done since the last step (a checkpoint, a sample grid) from the throughput."""

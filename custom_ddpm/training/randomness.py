@@ -22,9 +22,7 @@ class Draws(NamedTuple):
     dropout_seed: int  # for the whole batch: that of its first sample
 
 
-def draw(
-    seed: int, step: int, positions: range, shape: Sequence[int], device: torch.device, strata: int | None = None
-) -> Draws:
+def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: torch.device, strata: int = 0) -> Draws:
     """Draw all random numbers of the samples at `positions` of the global batch of optimiser step `step`.
 
     Args:
@@ -35,7 +33,7 @@ def draw(
         device: device of the returned tensors.
         strata: size N of the global batch, for stratified timesteps: one uniform number u is drawn for the whole batch,
             and the sample at position i gets (u + i/N) mod 1 (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). Each
-            is uniform in [0, 1), and together they are evenly spaced. None: independent ones.
+            is uniform in [0, 1), and together they are evenly spaced. 0: independent ones.
 
     Returns:
         Row i depends on (seed, step, positions[i]) only; ε depends on the type of the device too.
@@ -44,7 +42,7 @@ def draw(
     every = np.random.Philox(np.random.SeedSequence([seed, step])).random_raw((positions.stop, 5))
     words = every[positions.start :]
     uniforms = (words[:, :3].T >> 40).astype(np.float32, order="C") / 2**24
-    if strata is not None:
+    if strata:
         first = int(every[0, 0] >> 40)
         uniforms[0] = [(first + i * 2**24 // strata) % 2**24 / 2**24 for i in positions]
     noise = torch.empty((len(positions), *shape), device=device)

@@ -50,5 +50,11 @@ def test_a_run_ends_within_its_time(tmp_path):
     assert (tmp_path / "run" / "samples.png").exists()
 
 
+def test_no_time_for_training_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "SECONDS", 0.05)
+    with pytest.raises(ValueError, match=r"--time_budget is 0\.01; loading, .* take about .* minutes here"):
+        runs.run(tmp_path / "run", time_budget=0.01, max_train_steps=None)
+
+
 def test_the_speed_of_bf16_is_a_ratio():
     assert 0.001 < budget.bf16_speed(torch.device("cpu")) < 100

@@ -194,3 +194,16 @@ def test_the_first_lines_of_a_run_can_be_drawn(tmp_path, count):
     draw_loss_curve(lines, tmp_path / "curve.png")
     draw_loss_by_timestep(lines, tmp_path / "by_timestep.png")
     assert len(list(tmp_path.iterdir())) == (2 if count else 0)
+
+
+@pytest.mark.parametrize(
+    ("speed", "said"), [(1e6, []), (100.0, ["16 minutes"]), (1.0, ["1,600 minutes", "--time_budget"])]
+)
+def test_the_time_to_the_end_is_told_once(tmp_path, caplog, monkeypatch, speed, said):
+    logger = MetricsLogger(Accelerator(cpu=True), tmp_path, 10, 0, 25_000, 4)
+    with caplog.at_level("INFO"):
+        for step in (1000, 2000):
+            logger._tell_time_left(step, speed)
+    logger.close()
+    assert len(caplog.messages) == bool(said)
+    assert all(words in caplog.messages[0] for words in said)
