@@ -1,6 +1,7 @@
 """What this machine does fast: bf16 or float32, and the number of optimiser steps that fit into the time of a run."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,7 @@ FORWARD = 0.55
 # What a run takes besides its steps: loading, the bounds of the loss, the diagnosis, the model card, in seconds.
 ENDING = 8.0
 MIN_STEPS = 10
+GRID_SHARE = 0.05  # largest share of the time that the sample grids before the last one take
 MIN_SPEED = 1.2  # of bf16, relative to float32, from which on it is used
 
 
@@ -133,11 +135,15 @@ def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator) -> Tr
     left = 60 * config.time_budget - elapsed - ENDING
     # At the end the loss is measured, on a tenth of the pictures that were seen and 1,024 at most, with both weights.
     left -= 2 * min(1024 * picture, 0.1 * max(0.0, left) * FORWARD)
+    left -= grid  # the last one
+    grids = min(GRIDS, max(1, int(GRID_SHARE * left / grid)))
+    chosen: dict[str, int] = {}
     if config.save_images_steps is None:
-        left -= grid * (GRIDS + 1)
+        steps = int((left - grids * grid) / seconds)
+        chosen = {"save_images_steps": math.ceil(max(1, steps) / (grids + 1))}
     else:
-        left, seconds = left - grid, seconds + grid / config.save_images_steps
-    steps = int(broadcast_object_list([int(left / seconds)])[0])
+        steps = int(left / (seconds + grid / config.save_images_steps))
+    steps, chosen = broadcast_object_list([steps, chosen])
     if steps < MIN_STEPS:
         raise ValueError(
             f"--time_budget is {config.time_budget:g}; loading, sample grids and the end of the run alone take about "
@@ -147,4 +153,4 @@ def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator) -> Tr
         f"--time_budget {config.time_budget:g}: about {images_per_step / seconds:,.0f} pictures/s, {steps:,} optimiser "
         f"steps of {images_per_step} pictures, {steps * images_per_step:,} in all"
     )
-    return dataclasses.replace(config, max_train_steps=steps)
+    return dataclasses.replace(config, max_train_steps=steps, **chosen)

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
 import yaml
 
+from custom_ddpm.config import TrainingConfig
 from custom_ddpm.training import budget, build
 
 
@@ -48,6 +50,19 @@ def test_a_run_ends_within_its_time(tmp_path):
     runs.run(tmp_path / "run", time_budget=already / 60 + 0.6, **options)
     assert 18 < time.perf_counter() - start < 54  # 36 seconds were asked for
     assert (tmp_path / "run" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(("minutes", "grids"), [(3, 2), (30, 10)])
+def test_grids_take_a_small_part_of_the_time(monkeypatch, minutes, grids):
+    """A grid of 50 pictures, 20 steps and guidance is 1,000 steps of two pictures, here 3.4 seconds."""
+    monkeypatch.setattr(budget.psutil, "Process", lambda: SimpleNamespace(create_time=time.time))
+    sizes = {"train_batch_size": 16, "eval_batch_size": 50, "ddpm_num_inference_steps": 20, "guidance_scale": 1.5}
+    config = TrainingConfig(time_budget=minutes, class_conditional=True, **sizes)
+    planned = budget.plan(config, 0.05, SimpleNamespace(num_processes=1))
+    assert (planned.max_train_steps - 1) // planned.save_images_steps == grids
+    grid = 0.05 / 16 * budget.FORWARD * 2000
+    training = planned.max_train_steps * 0.05
+    assert 0.85 * 60 * minutes < training + (grids + 1) * grid < 60 * minutes
 
 
 def test_no_time_for_training_is_refused(tmp_path, monkeypatch):
