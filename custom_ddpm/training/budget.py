@@ -137,7 +137,7 @@ def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator) -> Tr
     left -= 2 * min(1024 * picture, 0.1 * max(0.0, left) * FORWARD)
     left -= grid  # the last one
     grids = min(GRIDS, max(1, int(GRID_SHARE * left / grid)))
-    chosen: dict[str, int] = {}
+    chosen: dict[str, Any] = {}
     if config.save_images_steps is None:
         steps = int((left - grids * grid) / seconds)
         chosen = {"save_images_steps": math.ceil(max(1, steps) / (grids + 1))}
