@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, get_fsdp2_grad_scaler
 
 from custom_ddpm.config import TrainingConfig
+from custom_ddpm.recipe import STOCK
 from custom_ddpm.training import loop, parts, train
 from custom_ddpm.training.randomness import Draws
 
@@ -26,6 +27,7 @@ DIGITS = str(ROOT / "examples" / "digits")
 SCRIPT = str(ROOT / "train_ddpm.py")
 TINY = {
     "recipe": "stock",
+    **{name: value for name, value in STOCK.items() if name not in ("num_epochs", "guidance_scale")},
     "dataset_name": DIGITS,
     "resolution": [8],
     "block_out_channels": [8, 16],

@@ -17,6 +17,7 @@ from custom_ddpm.config import TrainingConfig
 from custom_ddpm.evaluation.diagnosis import diagnose, in_words
 from custom_ddpm.evaluation.evidence import split_grid
 from custom_ddpm.evaluation.symptoms import SYMPTOMS, weight_before
+from custom_ddpm.recipe import STOCK
 from custom_ddpm.sampling import image_grid
 from custom_ddpm.scheduler import CustomDDPMScheduler
 from evaluation.sick_runs import HEALTHY_RUNS, SICK_RUNS, run_one
@@ -59,7 +60,8 @@ HEALTHY_STATISTICS = {"minimum": [0], "maximum": [255], "mean": [127], "std": [8
 def write_run(folder, lines=None, samples=None, scheduler=None, final=None, statistics=None, bounds=None, **settings):
     """The files of a healthy run, but for what is given."""
     folder.mkdir(exist_ok=True)
-    config = TrainingConfig(**{"dataset_name": "digits", "resolution": [8], "lr_warmup_steps": 100, **settings})
+    own = {"dataset_name": "digits", "resolution": [8], "lr_warmup_steps": 100}
+    config = TrainingConfig(**{**STOCK, "max_train_steps": 1000, **own, **settings})
     (folder / "training_config.yaml").write_text(config.to_yaml())
     lines = losses(falling) if lines is None else lines
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -184,11 +184,11 @@ ATTACKS = {
 
 class Pictures:
     height = width = 8
-    channels, mode, id2label = 3, "RGB", None
+    channels, mode, id2label, num_images = 3, "RGB", None, None
 
 
 def train_from(folder):
-    config = TrainingConfig(init_from=str(folder), train_data_dir="x", ddpm_num_steps=STEPS)
+    config = TrainingConfig(recipe="stock", init_from=str(folder), train_data_dir="x", ddpm_num_steps=STEPS)
     build_model(config, Pictures())
 
 
