@@ -119,15 +119,13 @@ def test_classes_of_the_same_number_but_other_names_are_refused(tmp_path, names,
 
 def test_what_is_used_is_what_is_recorded(tmp_path):
     run(tmp_path / "first", max_train_steps=1, ddpm_beta_schedule="exp", dropout=0.2)
-    defaults = {
-        name: vars(TrainingConfig())[name] for name in ("layers_per_block", "norm_num_groups", "ddpm_num_steps")
-    }
+    names = "layers_per_block norm_num_groups ddpm_num_steps dropout ddpm_beta_schedule prediction_type".split()
+    defaults = {name: vars(TrainingConfig())[name] for name in names}
     run(
         tmp_path / "second",
         init_from=str(tmp_path / "first"),
         max_train_steps=4,
         block_out_channels=TrainingConfig().block_out_channels,
-        **dict.fromkeys(("dropout", "ddpm_beta_schedule", "prediction_type", "patch_size", "resnet_time_scale_shift")),
         **defaults,
     )
     written = yaml.safe_load((tmp_path / "second" / "training_config.yaml").read_text())
