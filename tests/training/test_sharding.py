@@ -130,6 +130,7 @@ def test_each_of_two_processes_has_half_of_weights_gradients_moments_and_average
     on_processes(2, watched, tmp_path, cache, changes)
 
 
+@pytest.mark.slow
 def test_a_split_run_resumes_to_the_bit_and_goes_on_whole(tmp_path):
     changes = {**CHANGES, "lr_scheduler": "constant"}
     run_split(2, tmp_path / "straight", BLOCKS, **changes)
