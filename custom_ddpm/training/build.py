@@ -42,6 +42,8 @@ FIXED_SETTINGS = (
     "class_conditional label_dropout ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr prediction_type "
     "variance_type timestep_sampling use_ema posthoc_ema_steps init_from seed"
 ).split()
+# What runs had before there were these settings; their checkpoints do not hold them.
+FORMER_SETTINGS = {"patch_size": 1, "resnet_time_scale_shift": "default"}
 UNCOMPARED_SETTINGS = ("output_dir", "resume_from_checkpoint")  # may differ at every start
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint and its metadata
@@ -136,13 +138,15 @@ def _record(config: TrainingConfig, settings: Mapping[str, Any], accelerator: Ac
 def _with_choices_of(config: TrainingConfig, metadata: Mapping[str, Any]) -> TrainingConfig:
     """The settings that are not given as the checkpoint's run had them: another machine would choose others."""
     saved = metadata.get("settings")
-    saved = saved if isinstance(saved, dict) else {}
-    names = [spec.name for spec in dataclasses.fields(config) if spec.metadata["by_recipe"]]
+    saved = {**FORMER_SETTINGS, **saved} if isinstance(saved, dict) else {}
+    names = ["down_block_types", *(each.name for each in dataclasses.fields(config) if each.metadata["by_recipe"])]
     if config.time_budget is config.max_train_steps is config.num_epochs is None:
         names += ["time_budget", "max_train_steps", "num_epochs"]
     elif config.time_budget is not None and config.time_budget == saved.get("time_budget"):
         names.append("max_train_steps")
     found = {name: saved[name] for name in names if getattr(config, name) is None and saved.get(name) is not None}
+    if saved and "recipe" not in saved:
+        found["recipe"] = "stock"  # its values were the defaults before there were recipes
     return dataclasses.replace(config, **found)
 
 
@@ -294,7 +298,9 @@ def _first_usable(
         problem = None
         if not isinstance(metadata.get("settings"), dict) or type(metadata.get("samples_seen")) is not int:
             problem = "metadata.json holds no settings"
-        elif differing := differing_settings(metadata["settings"], settings, [*FIXED_SETTINGS, "dataset"]):
+        elif differing := differing_settings(
+            {**FORMER_SETTINGS, **metadata["settings"]}, settings, [*FIXED_SETTINGS, "dataset"]
+        ):
             raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
         problem = problem or find_problem(path, unet, config.use_ema, config.posthoc_ema_steps is not None, sampler)
         if problem is None:

@@ -41,6 +41,13 @@ def test_resuming_keeps_the_planned_number_of_steps(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "killed" / "training_config.yaml").read_text())["max_train_steps"] == 12
 
 
+def test_a_checkpoint_from_before_there_were_recipes_is_of_the_stock_one():
+    found = build._with_choices_of(TrainingConfig(dropout=0.5), {"settings": {"learning_rate": 3e-4, "dropout": 0.1}})
+    assert (found.recipe, found.learning_rate, found.dropout) == ("stock", 3e-4, 0.5)
+    assert (found.patch_size, found.resnet_time_scale_shift) == (1, "default")
+    assert build._with_choices_of(TrainingConfig(), {}) == TrainingConfig()
+
+
 @pytest.mark.slow
 def test_a_run_ends_within_its_time(tmp_path):
     """Counted from the start of the process, which here has run for a while."""
