@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).parent.parent
 OURS: dict[str, list[str]] = {
@@ -125,7 +126,7 @@ def train_peer(name: str, data: str, minutes: float, count: int, file: Path) -> 
     import torch
     from diffusers.training_utils import EMAModel
 
-    start = time.time() - time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)  # about the start of the process
+    start = psutil.Process().create_time()
     build, size = PEERS[name]
     torch.manual_seed(0)
     net, loss, optimizer, draw = build()

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .pipelines import CustomDDPMPipeline
 
 MAX_PROBLEMS = 50  # lines that `verify` prints
-REPORT_DELAY = 3.0  # seconds before another process than the first reports an error
 
 
 def _load(model: str) -> "CustomDDPMPipeline":
@@ -80,10 +79,10 @@ def analytic_variance(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from .data.pixels import normalise
+    from .evaluation.records import CONFIG_FILE
     from .flags import parse_config
     from .likelihood import estimate_original_sample_variances
     from .scheduler import CustomDDPMScheduler
-    from .training.build import CONFIG_FILE
     from .training.parts import open_data
 
     folder = Path(args.folder)
@@ -244,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run(args)
     except (ValueError, OSError, HubError) as error:
         if int(os.environ.get("RANK", 0)) > 0:
+            from .training.launch import REPORT_DELAY
+
             time.sleep(REPORT_DELAY)  # the first process reports the same error, and the launcher ends the others
         sys.exit(f"custom-ddpm: error: {one_line(error)}")
 

@@ -60,7 +60,7 @@ class TrainingConfig:
         "recipe",
         "default",
         "what chooses the settings that are not given: default, for the best pictures in little time; stock, as "
-        "diffusers' train_unconditional.py; ddpm, as Ho et al. 2020",
+        "diffusers' train_unconditional.py, with a smaller network; ddpm, as Ho et al. 2020 for CIFAR-10",
     )
 
     dataset_name: str | None = _flag("data", None, "dataset on the Hub, or path of a local dataset folder or file")
@@ -119,9 +119,8 @@ class TrainingConfig:
     )
     rescale_betas_zero_snr: bool = _flag("diffusion", False, "rescale the betas to zero terminal SNR")
     prediction_type: str = _chosen("diffusion", "what the model predicts", ("epsilon", "sample", "v_prediction"))
-    variance_type: str = _flag(
+    variance_type: str = _chosen(
         "diffusion",
-        "fixed_small",
         "variance of the reverse step",
         ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "zero"),
     )
@@ -150,16 +149,15 @@ class TrainingConfig:
     max_train_steps: int | None = _flag("optimiser", None, "optimiser steps of the whole run")
     max_train_time: float | None = _flag("optimiser", None, "minutes after which the run saves a checkpoint and ends")
     learning_rate: float = _chosen("optimiser", "peak learning rate")
-    lr_scheduler: str = _flag(
+    lr_scheduler: str = _chosen(
         "optimiser",
-        "cosine",
         "learning rate schedule, in optimiser steps",
         ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     )
     lr_warmup_steps: int = _chosen("optimiser", "optimiser steps of warm-up")
     adam_beta1: float = _chosen("optimiser", "beta1 of AdamW")
     adam_beta2: float = _flag("optimiser", 0.999, "beta2 of AdamW")
-    adam_weight_decay: float = _flag("optimiser", 1e-6, "weight decay of AdamW")
+    adam_weight_decay: float = _chosen("optimiser", "weight decay of AdamW")
     adam_epsilon: float = _flag("optimiser", 1e-8, "epsilon of AdamW")
     max_grad_norm: float = _flag("optimiser", 1.0, "norm that gradients are clipped to")
     seed: int = _flag("optimiser", 0, "seed of weights, data order, timesteps, noise and sample grids")
@@ -167,8 +165,8 @@ class TrainingConfig:
     use_ema: bool = _flag(
         "averaging", True, "keep an exponential moving average of the weights, which is sampled from and saved"
     )
-    ema_inv_gamma: float = _flag("averaging", 1.0, "inverse gamma of the average's warm-up")
-    ema_power: float = _flag("averaging", 0.75, "power of the average's warm-up")
+    ema_inv_gamma: float = _chosen("averaging", "inverse gamma of the average's warm-up")
+    ema_power: float = _chosen("averaging", "power of the average's warm-up")
     ema_max_decay: float = _flag("averaging", 0.9999, "decay at the end of the average's warm-up")
     posthoc_ema_steps: int | None = _flag(
         "averaging", None, "optimiser steps between snapshots for averages of any length after the run"

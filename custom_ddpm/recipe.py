@@ -1,8 +1,8 @@
 """Recipes: the values of the settings that a user did not give.
 
 `stock` has the values of diffusers' `train_unconditional.py`, `ddpm` those of Ho et al. 2020 for CIFAR-10. `default`
-chooses by the pictures, the device and the time that there is; docs/benchmarks.md has the measurement behind each line.
-This module does not import torch.
+chooses by the pictures, the device and the time that there is. What was measured, for CPUs, is in docs/benchmarks.md;
+the other lines, and those for other devices, are what is usual. This module does not import torch.
 """
 
 import dataclasses
@@ -19,16 +19,13 @@ class Facts:
     """What a recipe chooses by.
 
     Args:
-        height, width, channels: of the pictures.
-        num_images: pictures in the dataset; None for a stream.
+        height, width: of the pictures.
         num_classes: classes of the pictures; None if they have no labels, or these are not used.
         device: type of the device, "cpu" or "cuda" or another of torch's.
     """
 
     height: int
     width: int
-    channels: int
-    num_images: int | None
     num_classes: int | None
     device: str
 
@@ -44,6 +41,7 @@ STOCK: Mapping[str, Any] = {
     "dropout": 0.0,
     "ddpm_beta_schedule": "linear",
     "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
     "loss_weighting": "uniform",
     "timestep_sampling": "uniform",
     "train_batch_size": 16,
@@ -51,6 +49,10 @@ STOCK: Mapping[str, Any] = {
     "learning_rate": 1e-4,
     "lr_warmup_steps": 500,
     "adam_beta1": 0.95,
+    "lr_scheduler": "cosine",
+    "adam_weight_decay": 1e-6,
+    "ema_inv_gamma": 1.0,
+    "ema_power": 0.75,
     "save_images_steps": 1000,
     "eval_batch_size": 16,
     "preview_sampler": "ddpm",
@@ -59,16 +61,26 @@ STOCK: Mapping[str, Any] = {
     "channels_last": False,
     "torch_compile": False,
 }
+PAPER_BLOCKS = ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
 DDPM: Mapping[str, Any] = {
     **STOCK,
     "resolution": [32],
     "block_out_channels": [128, 256, 256, 256],
+    # Attention at 16x16 alone; for another number of levels, at 16x16 and below.
+    "down_block_types": lambda facts, config: PAPER_BLOCKS if len(config.block_out_channels) == 4 else None,
     "dropout": 0.1,
+    "variance_type": "fixed_large",  # σ² = β, which their code takes for CIFAR-10
     "train_batch_size": 128,
     "num_epochs": 2048,  # 800,000 steps of 128 pictures of CIFAR-10's 50,000
     "learning_rate": 2e-4,
     "lr_warmup_steps": 5000,
+    "lr_scheduler": "constant_with_warmup",
     "adam_beta1": 0.9,
+    "adam_weight_decay": 0.0,
+    # 0.9999 from the start: an average that warms up in less than a step.
+    "ema_inv_gamma": 1e-6,
+    "ema_power": 1.0,
+    "eval_batch_size": 64,
     "save_images_steps": 20_000,
     "checkpointing_steps": 5000,
 }
@@ -88,7 +100,7 @@ def _block_out_channels(facts: Facts, config: TrainingConfig) -> list[int]:
     return [32, 64] if facts.device == "cpu" else [128, 256, 256]
 
 
-def _down_block_types(facts: Facts, config: TrainingConfig) -> list[str] | None:
+def _down_block_types(facts: Facts, config: TrainingConfig) -> list[str]:
     """Attention in the middle block only on a CPU, elsewhere at the last level too."""
     levels = len(config.block_out_channels)
     last = "DownBlock2D" if facts.device == "cpu" else "AttnDownBlock2D"
@@ -109,11 +121,16 @@ DEFAULT: Mapping[str, Any] = {
     "dropout": 0.0,
     "ddpm_beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
+    "variance_type": "fixed_small",
     "loss_weighting": "uniform",
     "timestep_sampling": "stratified",
     "train_batch_size": lambda facts, config: 16 if facts.device == "cpu" else 64,
     "learning_rate": lambda facts, config: 2e-3 if facts.device == "cpu" else 5e-4,
     "adam_beta1": 0.9,
+    "lr_scheduler": "cosine",
+    "adam_weight_decay": 1e-6,
+    "ema_inv_gamma": 1.0,
+    "ema_power": 0.75,
     "eval_batch_size": lambda facts, config: 5 * facts.num_classes if 1 < (facts.num_classes or 0) <= 16 else 36,
     "preview_sampler": "dpmsolver++",
     "guidance_scale": lambda facts, config: 1.5 if config.class_conditional and config.label_dropout > 0 else 1.0,

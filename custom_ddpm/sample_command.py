@@ -116,9 +116,9 @@ def _training_counts(model: str) -> list[int]:
     """Pictures of each class in the data that a run was trained on."""
     import numpy as np
 
+    from .evaluation.records import CONFIG_FILE
     from .flags import parse_config
     from .sampling import process_state
-    from .training.build import CONFIG_FILE
     from .training.parts import open_data
 
     file = Path(model, CONFIG_FILE)

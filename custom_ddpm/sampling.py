@@ -37,11 +37,12 @@ def process_state() -> PartialState:
 
 
 def clipping(scheduler: Any) -> dict[str, Any]:
-    """Settings with which diffusers' multistep solvers clip x̂_0 if `scheduler`, whose place they take, does.
+    """Settings with which diffusers' multistep solvers clip x̂_0 to [−1, 1] if `scheduler`, whose place they take, does.
 
     They have no `clip_sample`; thresholding with a largest value of 1 is the same.
     """
-    return {"thresholding": bool(scheduler.config.clip_sample), "sample_max_value": 1.0}
+    clips = scheduler.config.clip_sample and scheduler.config.clip_sample_range == 1.0
+    return {"thresholding": True, "sample_max_value": 1.0} if clips else {}
 
 
 def fast_sampler(scheduler: Any) -> Any:

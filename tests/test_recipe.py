@@ -2,15 +2,17 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
+import yaml
 
 from custom_ddpm.config import TrainingConfig
 from custom_ddpm.recipe import AFTER_LENGTH, RECIPES, Facts, before_data, complete, complete_length
 
 CHOSEN = [spec.name for spec in dataclasses.fields(TrainingConfig) if spec.metadata["by_recipe"]]
-DIGITS = Facts(8, 8, 1, 1797, 10, "cpu")
-PHOTOS = Facts(64, 96, 3, 300, None, "cuda")
+DIGITS = Facts(8, 8, 10, "cpu")
+PHOTOS = Facts(64, 96, None, "cuda")
 
 
 def completed(facts=DIGITS, steps=1000, **given):
@@ -18,7 +20,7 @@ def completed(facts=DIGITS, steps=1000, **given):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("facts", [DIGITS, PHOTOS, Facts(28, 28, 1, 60_000, 10, "cpu"), Facts(1, 3, 4, None, 2, "mps")])
+@pytest.mark.parametrize("facts", [DIGITS, PHOTOS, Facts(28, 28, 10, "cpu"), Facts(1, 3, 2, "mps")])
 def test_nothing_is_left_open(recipe, facts):
     config = completed(facts, recipe=recipe)
     assert [name for name in CHOSEN if getattr(config, name) is None] == []
@@ -54,7 +56,7 @@ def test_labels_and_size_are_those_of_the_pictures():
 
 @pytest.mark.parametrize(("side", "device", "patch"), [(8, "cpu", 1), (16, "cpu", 1), (28, "cpu", 2), (64, "cpu", 4)])
 def test_the_first_level_is_small_on_a_cpu(side, device, patch):
-    assert completed(Facts(side, side, 3, 100, None, device)).patch_size == patch
+    assert completed(Facts(side, side, None, device)).patch_size == patch
 
 
 def test_the_length_of_the_run_gives_warm_up_grids_and_checkpoints():
@@ -63,7 +65,7 @@ def test_the_length_of_the_run_gives_warm_up_grids_and_checkpoints():
 
 
 def test_stock_is_the_stock_script():
-    """The values of `train_unconditional.py` of diffusers 0.31 (argument parser), but for its model of 114 million."""
+    """The defaults of the argument parser of diffusers' `train_unconditional.py` (0.42), but not its network."""
     config = completed(recipe="stock")
     found = (config.train_batch_size, config.learning_rate, config.adam_beta1, config.lr_warmup_steps)
     assert found == (16, 1e-4, 0.95, 500)
@@ -76,6 +78,13 @@ def test_ddpm_is_the_paper():
     assert (config.block_out_channels, config.layers_per_block) == ([128, 256, 256, 256], 2)
     assert (config.train_batch_size, config.learning_rate, config.dropout) == (128, 2e-4, 0.1)
     assert config.num_epochs * 50_000 / 128 == pytest.approx(800_000)
+    # The configuration in examples/, which has all of it in full.
+    file = Path(__file__).parent.parent / "examples" / "configs" / "ddpm_cifar10.yaml"
+    config = completed(Facts(32, 32, None, "cuda"), 800_000, recipe="ddpm")
+    others = {"dataset_name", "output_dir", "random_flip", "max_train_steps", "checkpoints_total_limit"}
+    expected = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name not in others}
+    found = {name: getattr(config, name) for name in expected}
+    assert found == {**expected, "resolution": [32]}
 
 
 def test_every_rule_names_a_setting():

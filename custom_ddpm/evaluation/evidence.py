@@ -11,9 +11,7 @@ import PIL.Image
 from ..config import TrainingConfig
 from ..sampling import CAPTION_HEIGHT
 from ..scheduler import CustomDDPMScheduler
-from .records import BOUNDS_FILE, FINAL_LOSS_FILE, read_json, read_metrics
-
-CONFIG_FILE = "training_config.yaml"
+from .records import BOUNDS_FILE, CONFIG_FILE, FINAL_LOSS_FILE, read_json, read_metrics
 
 
 def mean_of(levels: list[float | None]) -> float:

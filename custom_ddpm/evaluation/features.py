@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,6 +219,29 @@ class InceptionFeatures:
         return self._model(to_rgb(images).to(self._device))[0].float()
 
 
+def _pretrained(name: str, cls: str, weights: str, device: torch.device | str, **options: Any) -> Any:
+    """A model of transformers for the features `name`; ValueError if its weights cannot be loaded."""
+    transformers = importlib.import_module("transformers")
+    try:
+        model = getattr(transformers, cls).from_pretrained(weights, **options)
+    except Exception as error:  # of the network, of the file, or of the weights in it
+        raise ValueError(
+            f"the weights of the features {name!r} cannot be loaded from {weights}: {one_line(error)}; "
+            f"a downloaded copy can be given as {name}:FOLDER"
+        ) from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _resized(
+    images: torch.Tensor, size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> torch.Tensor:
+    """RGB pictures of one size, bicubic with antialiasing, normalised; float32 (B, 3, size, size)."""
+    values = to_rgb(images).to(device).float()
+    values = F.interpolate(values, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255) / 255
+    centre, spread = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (mean, std))
+    return (values - centre) / spread
+
+
 class DINOv2Features:
     """The class token of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), for FD-DINOv2 (Stein et al. 2023).
 
@@ -233,26 +256,15 @@ class DINOv2Features:
     """
 
     def __init__(self, weights: str = DINOV2, device: torch.device | str = "cpu"):
-        transformers = importlib.import_module("transformers")
-        try:
-            model = transformers.Dinov2Model.from_pretrained(weights, use_safetensors=True)
-        except Exception as error:  # of the network, of the file, or of the weights in it
-            raise ValueError(
-                f"the weights of the features 'dinov2' cannot be loaded from {weights}: {one_line(error)}; "
-                "a downloaded copy can be given as dinov2:FOLDER"
-            ) from error
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = _pretrained("dinov2", "Dinov2Model", weights, device, use_safetensors=True)
         self.name = "DINOv2" if weights == DINOV2 else f"DINOv2 {Path(weights).name}"
         self.identity = f"dinov2-{_hash_weights(self._model)}"
-        self._mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
-        self._std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features, see `Features`."""
-        values = to_rgb(images).to(self._mean.device).float()
-        values = F.interpolate(values, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255
-        return self._model((values - self._mean) / self._std).last_hidden_state[:, 0].float()
+        values = _resized(images, 224, IMAGENET_MEAN, IMAGENET_STD, self._model.device)
+        return self._model(values).last_hidden_state[:, 0].float()
 
 
 class CLIPFeatures:
@@ -269,27 +281,16 @@ class CLIPFeatures:
     """
 
     def __init__(self, weights: str = CLIP, device: torch.device | str = "cpu"):
-        transformers = importlib.import_module("transformers")
-        try:
-            # The published weights are a pickle, which transformers loads as tensors only.
-            model = transformers.CLIPVisionModelWithProjection.from_pretrained(weights)
-        except Exception as error:  # of the network, of the file, or of the weights in it
-            raise ValueError(
-                f"the weights of the features 'clip' cannot be loaded from {weights}: {one_line(error)}; "
-                "a downloaded copy can be given as clip:FOLDER"
-            ) from error
-        self._model = model.eval().requires_grad_(False).to(device)
+        # The published weights are a pickle, which transformers loads as tensors only.
+        self._model = _pretrained("clip", "CLIPVisionModelWithProjection", weights, device)
         self.name = "CLIP" if weights == CLIP else f"CLIP {Path(weights).name}"
         self.identity = f"clip-{_hash_weights(self._model)}"
-        self._mean = torch.tensor(CLIP_MEAN, device=device).view(3, 1, 1)
-        self._std = torch.tensor(CLIP_STD, device=device).view(3, 1, 1)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features, see `Features`."""
-        values, size = to_rgb(images).to(self._mean.device).float(), self._model.config.image_size
-        values = F.interpolate(values, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255) / 255
-        return F.normalize(self._model((values - self._mean) / self._std).image_embeds.float(), dim=1)
+        values = _resized(images, self._model.config.image_size, CLIP_MEAN, CLIP_STD, self._model.device)
+        return F.normalize(self._model(values).image_embeds.float(), dim=1)
 
 
 class NamedFeatures:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+CONFIG_FILE = "training_config.yaml"
 METRICS = "metrics.jsonl"
 LEVELS = 10  # equal parts of 0 … T that losses are averaged over separately
 BOUNDS_FILE = "loss_bounds.json"

@@ -20,11 +20,10 @@ from tqdm.auto import tqdm
 from ..config import TrainingConfig
 from ..data.base import fingerprint
 from ..flags import parse_config
-from ..hub.card import _public_name
+from ..hub.card import public_name
 from ..messages import one_line
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
 from ..sampling import clipping, process_state
-from ..training.build import CONFIG_FILE
 from ..training.parts import open_data
 from .bits_per_dim import as_json as bits_as_json
 from .bits_per_dim import pipeline_bits_per_dim
@@ -34,7 +33,7 @@ from .features import Features, load_features
 from .memorization import PixelFeatures, draw_distances, draw_neighbours, gather_images, memorization
 from .memorization import as_json as memorization_as_json
 from .pictures import ArrayPictures, DatasetPictures, ModelPictures
-from .records import read_json, write_json
+from .records import CONFIG_FILE, read_json, write_json
 
 FOLDER = "report"  # in the run's folder
 VERSION = 1  # to be increased with every change of what is measured
@@ -161,7 +160,7 @@ class Report:
             if value is not None:
                 changes[name] = value
         config = dataclasses.replace(config, **changes)
-        shown_name = _public_name(config.dataset_name or config.train_data_dir)[0]
+        shown_name = public_name(config.dataset_name or config.train_data_dir)[0]
         try:
             if config.streaming:
                 raise Missing("stream")

@@ -20,10 +20,9 @@ import jinja2
 from .._version import __version__
 from ..hub.card import LIBRARIES, _count_parameters, _image_format, _is_public, _last_name, _public_command
 from ..messages import in_markdown, one_line, shown
-from ..training.build import CONFIG_FILE
 from ..training.ending import add_bounds
 from .diagnosis import diagnose
-from .records import BOUNDS_FILE, read_metrics
+from .records import BOUNDS_FILE, CONFIG_FILE, read_metrics
 from .report import DISTANCES_FILE, NEIGHBOURS_FILE, SAMPLERS, Report
 from .report_figures import draw_bits_by_timestep, draw_by_steps
 from .report_words import FINDINGS, KINDS, METRICS, NOTES, REASONS, translated

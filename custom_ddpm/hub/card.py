@@ -103,8 +103,8 @@ def _metadata(
     folder: Path, model: Mapping[str, Any], facts: Mapping[str, Any], metrics: Mapping[str, float]
 ) -> ModelCardData:
     """The card's YAML front matter."""
-    dataset, dataset_id = _public_name(facts.get("dataset"))
-    _, base_model = _public_name(facts.get("base_model"))
+    dataset, dataset_id = public_name(facts.get("dataset"))
+    _, base_model = public_name(facts.get("base_model"))
     about = dict(facts.get("evaluation", {})) or None
     results = [
         EvalResult(TASK, dataset_id or "image", dataset or "unknown", *pair, metric_args=about)
@@ -151,7 +151,7 @@ def _loading(model: Mapping[str, Any], names: Mapping[str, str]) -> list[Any]:
 
 
 def _training_data(names: Mapping[str, str], facts: Mapping[str, Any]) -> list[Any]:
-    dataset, _ = _public_name(facts.get("dataset"))
+    dataset, _ = public_name(facts.get("dataset"))
     classes = ", ".join(f"{label} ({in_markdown(text)})" for label, text in list(names.items())[:MAX_NAMES])
     classes += f" and {len(names) - MAX_NAMES:,} more" * (len(names) > MAX_NAMES)
     return [
@@ -222,7 +222,7 @@ def _snippet(package: str, pipeline: str, source: str, call: str) -> str:
     )
 
 
-def _public_name(name: str | None) -> tuple[str | None, str | None]:
+def public_name(name: str | None) -> tuple[str | None, str | None]:
     """The name of a model or dataset without its path, and its id on the Hub (None if it is a local path)."""
     if not name:
         return None, None

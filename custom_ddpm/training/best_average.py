@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..evaluation.records import SCORES, facts_of_card, read_metrics
+from ..evaluation.records import CONFIG_FILE, SCORES, facts_of_card, read_metrics
 from ..flags import parse_config
 from ..hub.card import write_model_card
 from ..pipelines import CustomDDPMPipeline
 from ..sampling import process_state
-from .build import CONFIG_FILE
 from .ema import reconstruct
 from .parts import open_data
 from .scores import open_reference

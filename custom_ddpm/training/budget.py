@@ -2,20 +2,24 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from ..config import TrainingConfig
 from ..data.base import ImageData
+from ..evaluation.records import CONFIG_FILE
+from ..flags import parse_config
 from ..recipe import GRIDS
 from ..scheduler import CustomDDPMScheduler
-from .launch import get_logger
+from .launch import get_logger, set_cpu_threads
 from .loop import Loss, training_steps
 from .randomness import sample_positions
 
@@ -75,6 +79,46 @@ def bf16_speed(device: torch.device) -> float:
     return min(seconds[False]) / min(seconds[True])
 
 
+def choose_precision(config: TrainingConfig) -> tuple[TrainingConfig, str | None]:
+    """The configuration with a precision, where neither it nor accelerate asks for one and the recipe is the default.
+
+    A resumed run keeps its precision. One process measures bf16; several, which must all decide alike, take it on GPUs
+    that have it. No state of accelerate is made here, since it keeps the settings that it is first made with.
+
+    Returns:
+        The configuration, and a line for the log if something was chosen.
+    """
+    asked = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if config.mixed_precision is not None or asked != "no" or config.recipe != "default":
+        return config, None
+    if (saved := _saved_precision(config)) is not None:
+        return dataclasses.replace(config, mixed_precision=saved), f"--mixed_precision {saved}, as before"
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        faster = not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        reason = "several processes do not measure it"
+    else:
+        if on_cpu:
+            set_cpu_threads(1)
+        device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+        assert device is not None
+        ratio = bf16_speed(device)
+        faster, reason = ratio > MIN_SPEED, f"bf16 is {ratio:.1f}x as fast as float32 here"
+    chosen: Literal["bf16", "no"] = "bf16" if faster else "no"
+    return dataclasses.replace(config, mixed_precision=chosen), f"--mixed_precision {chosen}: {reason}"
+
+
+def _saved_precision(config: TrainingConfig) -> Literal["no", "fp16", "bf16"] | None:
+    """That of the run to resume, from the settings in its folder; None for a new run."""
+    if config.resume_from_checkpoint is None:
+        return None
+    latest = config.resume_from_checkpoint == "latest"
+    folder = Path(config.output_dir) if latest else Path(config.resume_from_checkpoint).parent
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    return parse_config(["--config", str(folder / CONFIG_FILE)]).mixed_precision
+
+
 def seconds_per_step(
     model: Any,
     scheduler: CustomDDPMScheduler,
@@ -114,13 +158,14 @@ def seconds_per_step(
     return float(broadcast_object_list([later[len(later) // 2]])[0])
 
 
-def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator) -> TrainingConfig:
+def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator, first_step: int = 0) -> TrainingConfig:
     """Choose --max_train_steps so that the run ends with its --time_budget, counted from the start of this process.
 
     Args:
         config: settings of the run, with a time budget.
         seconds: time of an optimiser step.
         accelerator: of the run.
+        first_step: optimiser steps done before this start, which took time of their own.
 
     Raises:
         ValueError: there is no time left for training.
@@ -153,4 +198,4 @@ def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator) -> Tr
         f"--time_budget {config.time_budget:g}: about {images_per_step / seconds:,.0f} pictures/s, {steps:,} optimiser "
         f"steps of {images_per_step} pictures, {steps * images_per_step:,} in all"
     )
-    return dataclasses.replace(config, max_train_steps=steps, **chosen)
+    return dataclasses.replace(config, max_train_steps=first_step + steps, **chosen)

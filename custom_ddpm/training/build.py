@@ -14,6 +14,7 @@ from diffusers.optimization import get_scheduler
 
 from ..config import TrainingConfig
 from ..data.base import ImageData
+from ..evaluation.records import CONFIG_FILE
 from ..hub.push import BackgroundPush
 from ..likelihood import ImportanceSampler
 from ..messages import one_line
@@ -35,7 +36,6 @@ from .state import TrainingState, find_problem
 
 logger = get_logger(__name__)
 
-CONFIG_FILE = "training_config.yaml"
 # Settings that must be those of the checkpoint that a run resumes from, besides the dataset.
 FIXED_SETTINGS = (
     "resolution block_out_channels patch_size down_block_types layers_per_block attention_head_dim norm_num_groups "
@@ -178,14 +178,14 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     loss, loop_options = build_loss(config), _loop_options(config, data, sampler, memory_format)
     if config.max_train_steps is None and config.time_budget is not None:
         parts = (model, scheduler, prepared_optimizer, data, accelerator, loss)
-        config = plan(config, seconds_per_step(*parts, config.train_batch_size, loop_options), accelerator)
+        seconds = seconds_per_step(*parts, config.train_batch_size, loop_options)
+        config = plan(config, seconds, accelerator, first_step)
     max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)
     config = complete_length(config, max_train_steps)
     settings = {**dataclasses.asdict(config), **facts}
     lr_scheduler = _build_lr_scheduler(config, optimizer, max_train_steps)
     state = _build_state(config, accelerator, unet, optimizer, sampler)
-    if resumed is not None:
-        _resume(resumed, settings, state, lr_scheduler)
+    _resume(resumed, settings, state, lr_scheduler)
     _record(config, settings, accelerator)
     folder = Path(config.output_dir)
     metrics = MetricsLogger(accelerator, folder, len(scheduler), first_step, max_train_steps, global_batch)
@@ -313,8 +313,10 @@ def _first_usable(
     raise ValueError(f"no checkpoint in {config.output_dir} can be resumed from: choose another output folder")
 
 
-def _resume(resumed: Resumed, settings: dict[str, Any], state: TrainingState, lr_scheduler: Any) -> None:
-    """Restore the state of a checkpoint, and tell which settings have changed."""
+def _resume(resumed: Resumed | None, settings: dict[str, Any], state: TrainingState, lr_scheduler: Any) -> None:
+    """Restore the state of a checkpoint, if there is one, and tell which settings have changed."""
+    if resumed is None:
+        return
     path, metadata = resumed
     free = settings.keys() - {*FIXED_SETTINGS, "dataset", *UNCOMPARED_SETTINGS}
     for line in differing_settings(metadata["settings"], settings, sorted(free)):

@@ -16,11 +16,11 @@ from ..data.base import Batch, ImageData
 from ..data.pixels import normalise
 from ..evaluation.bounds import BOUND_SETTINGS, cached_bounds, no_bounds
 from ..evaluation.diagnosis import diagnose, in_words
-from ..evaluation.records import FINAL_LOSS_FILE, LEVELS, write_json
+from ..evaluation.records import CONFIG_FILE, FINAL_LOSS_FILE, LEVELS, write_json
 from ..flags import parse_config
 from ..messages import one_line
 from ..scheduler import CustomDDPMScheduler
-from .build import CONFIG_FILE, Run
+from .build import Run
 from .launch import get_logger
 from .loop import Loss
 from .metrics import draw_losses

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 
 from ..config import TrainingConfig
@@ -25,7 +25,6 @@ from ..recipe import Facts, complete
 from ..scheduler import CustomDDPMScheduler
 from ..schedules import BETA_RANGES, BETA_SCHEDULES, make_betas, resample_betas
 from ..unet import CustomUNet2DModel
-from .budget import MIN_SPEED, bf16_speed
 from .launch import get_logger, set_cpu_threads
 from .loop import Loss
 from .sharding import check_strategy
@@ -43,7 +42,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     """
     _check_trackers(config.report_to)
     accelerator = Accelerator(
-        mixed_precision=_precision(config),
+        mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(
@@ -62,20 +61,6 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError("--mixed_precision is fp16, which is not supported for training on a CPU; use bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     return accelerator
-
-
-def _precision(config: TrainingConfig) -> str | None:
-    """--mixed_precision, or accelerate's; where neither asks for one, the default recipe takes bf16 if it is faster."""
-    chosen = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if config.mixed_precision is not None or chosen != "no" or config.recipe != "default":
-        return config.mixed_precision
-    state = PartialState()
-    if state.device.type == "cpu":
-        set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    ratio = float(broadcast_object_list([bf16_speed(state.device)])[0])
-    faster = ratio > MIN_SPEED
-    logger.info(f"bf16 is {ratio:.1f}x as fast as float32 here: --mixed_precision {'bf16' if faster else 'no'}")
-    return "bf16" if faster else "no"
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -222,7 +207,7 @@ def build_model(
         ValueError: the pipeline of --init_from does not fit the pictures or contradicts the flags.
     """
     num_classes = None if data.id2label is None else len(data.id2label)
-    facts = Facts(data.height, data.width, data.channels, data.num_images, num_classes, device)
+    facts = Facts(data.height, data.width, num_classes, device)
     if config.init_from is None:
         config = complete(config, facts)
         return config, build_unet(config, data), build_scheduler(config)

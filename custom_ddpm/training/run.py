@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..config import TrainingConfig
-from ..evaluation.records import read_metrics, scores_by_step
+from ..evaluation.records import CONFIG_FILE, read_metrics, scores_by_step
 from ..messages import quoted, shown
-from .build import CONFIG_FILE, Resumed, Run, build_run
+from .budget import choose_precision
+from .build import Resumed, Run, build_run
 from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
 from .ema import snapshot_file
 from .ending import final_diagnosis, measure_final_loss, write_bounds
@@ -45,7 +46,10 @@ def train(config: TrainingConfig) -> Path:
         FloatingPointError: the gradients stayed NaN or infinite for `MAX_SKIPPED_STEPS` steps.
         MemoryError: the device is out of memory.
     """
+    config, told = choose_precision(config)
     accelerator = build_accelerator(config)
+    if told is not None:
+        logger.info(told)
     with _locked_output_dir(config, accelerator) as resumed:
         run = build_run(config, accelerator, resumed)
         step, stop_reason = _run_steps(run)

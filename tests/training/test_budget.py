@@ -13,6 +13,8 @@ import yaml
 from custom_ddpm.config import TrainingConfig
 from custom_ddpm.training import budget, build
 
+SMALL_GRID = {"ddpm_num_inference_steps": 1, "guidance_scale": 1.0}
+
 
 def test_a_run_with_a_time_budget_is_the_run_of_as_many_steps(tmp_path, monkeypatch):
     """Measured steps leave weights, optimiser and random numbers as they were."""
@@ -76,6 +78,38 @@ def test_no_time_for_training_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "SECONDS", 0.05)
     with pytest.raises(ValueError, match=r"--time_budget is 0\.01; loading, .* take about .* minutes here"):
         runs.run(tmp_path / "run", time_budget=0.01, max_train_steps=None)
+
+
+def test_a_resumed_run_plans_what_is_left(monkeypatch):
+    monkeypatch.setattr(budget.psutil, "Process", lambda: SimpleNamespace(create_time=time.time))
+    config = TrainingConfig(time_budget=3, eval_batch_size=1, train_batch_size=1, **SMALL_GRID)
+    plans = [budget.plan(config, 0.05, SimpleNamespace(num_processes=1), step).max_train_steps for step in (0, 5000)]
+    assert plans[1] == plans[0] + 5000
+
+
+def test_a_precision_is_chosen_once_and_only_where_nobody_asked(tmp_path, monkeypatch):
+    speed = {"now": 2.0}
+    monkeypatch.setattr(budget, "bf16_speed", lambda device: speed["now"])
+    monkeypatch.setattr(budget, "set_cpu_threads", lambda processes: processes)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def chosen(**settings):
+        return budget.choose_precision(TrainingConfig(output_dir=str(tmp_path), **settings))[0].mixed_precision
+
+    assert chosen() == "bf16"
+    assert chosen(mixed_precision="no") == "no" and chosen(recipe="stock") is None
+    (tmp_path / "training_config.yaml").write_text('mixed_precision: "bf16"\n')
+    speed["now"] = 1.1
+    assert chosen() == "no"
+    assert chosen(resume_from_checkpoint="latest") == "bf16"  # as the run began, however fast the machine is today
+    assert chosen(resume_from_checkpoint=str(tmp_path / "checkpoint-5")) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert chosen() is None  # accelerate's
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    speed["now"] = 2.0
+    assert chosen() == "no"  # processes could measure differently
 
 
 def test_the_speed_of_bf16_is_a_ratio():

@@ -793,14 +793,14 @@ def test_channels_and_classes_follow_the_data():
     assert build_unet(learned, data).config.num_class_embeds == 10
 
 
-def configured(config_file, channels=3):
+def configured(config_file):
     config = before_data(parse_config(["--config", str(config_file)]))
     side = config.resolution[0] if config.resolution else 28
-    return complete(config, Facts(side, side, channels, 50_000, 10, "cpu"))
+    return complete(config, Facts(side, side, 10, "cpu"))
 
 
 def parameters(config_file, channels=3):
-    config = configured(config_file, channels)
+    config = configured(config_file)
     size = {"height": config.resolution[0], "width": config.resolution[-1], "channels": channels}
     id2label = dict.fromkeys(range(10)) if config.class_conditional else None
     with torch.device("meta"):
