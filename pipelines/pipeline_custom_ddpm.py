@@ -68,7 +68,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
-        self._guidance_interval = (0.0, math.inf)
+        self._guidance_interval: tuple[float, float] | None = None
         # The keys are strings after loading from JSON.
         self.register_to_config(id2label=id2label and {int(label): str(name) for label, name in id2label.items()})
 
@@ -140,7 +140,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         _check_generator(generator, batch_size)
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
         call = self._begin(guidance_scale, num_inference_steps)
-        call._guidance_interval = guidance_interval or (0.0, math.inf)
+        call._guidance_interval = guidance_interval
         call._check_timesteps(latents is None)
         latents = call._prepare_latents(latents, batch_size, generator)
         options = call._step_options(eta, generator)
@@ -207,6 +207,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
         return output if self._takes_learned_variance() else output[:, :C]
 
     def _is_guided(self, t: torch.Tensor) -> bool:
+        if self._guidance_interval is None:  # the usual case, in which nothing may wait for the device
+            return True
         low, high = self._guidance_interval
         return low <= float(t) / self.scheduler.config.num_train_timesteps < high
 

@@ -411,3 +411,18 @@ def test_guidance_stays_inside_its_interval(class_pipeline):
     for interval in ((0.5, 0.5), (-0.1, 0.5), (0.2, 1.5)):
         with pytest.raises(ValueError, match="it must be 0 <= low < high <= 1"):
             draw(guidance_interval=interval)
+
+
+def test_guidance_without_an_interval_does_not_read_the_timestep():
+    """Reading it would make the host wait for the device at every step."""
+
+    class Unreadable(torch.Tensor):
+        def __float__(self):
+            raise AssertionError("the timestep was read")
+
+    pipeline = make_pipeline(classes=3)
+    timestep = torch.tensor(5).as_subclass(Unreadable)
+    assert pipeline._is_guided(timestep)
+    pipeline._guidance_interval = (0.0, 1.0)
+    with pytest.raises(AssertionError, match="was read"):
+        pipeline._is_guided(timestep)
