@@ -20,6 +20,7 @@ import jinja2
 from .._version import __version__
 from ..hub.card import LIBRARIES, _count_parameters, _image_format, _is_public, _last_name, _public_command
 from ..messages import in_markdown, one_line, shown
+from ..sampling import clipping
 from ..training.ending import add_bounds
 from .diagnosis import diagnose
 from .records import BOUNDS_FILE, CONFIG_FILE, read_metrics
@@ -148,9 +149,16 @@ def _grid(report: Report, classes: Sequence[str]) -> dict[str, Any]:
     config, found = report.config, _file(report.run / "samples.png", "no_grid")
     count, first = config.eval_batch_size, config.seed
     steps = config.ddpm_num_inference_steps or config.ddpm_num_steps
-    en = f"{count} pictures, seeds {first} to {first + count - 1}, {steps} steps of the ancestral sampler"
-    zh = f"{count} 张图片，种子 {first} 到 {first + count - 1}，祖先采样 {steps} 步"
+    fast = config.preview_sampler == "dpmsolver++"
+    sampler_en, sampler_zh = ("DPM-Solver++", " DPM-Solver++ ") if fast else ("the ancestral sampler", "祖先采样 ")
+    en = f"{count} pictures, seeds {first} to {first + count - 1}, {steps} steps of {sampler_en}"
+    zh = f"{count} 张图片，种子 {first} 到 {first + count - 1}，{sampler_zh.lstrip()}{steps} 步"
     command = f"custom-ddpm sample MODEL --num_images {count} --seed {first} --num_inference_steps {steps}"
+    if fast:
+        options = " ".join(
+            f"{name}={str(value).lower()}" for name, value in clipping(report.pipeline.scheduler).items()
+        )
+        command += f" --scheduler DPMSolverMultistepScheduler --scheduler_options timestep_spacing=trailing {options}"
     if classes:
         en, zh = f"{en}, guidance scale {config.guidance_scale:g}", f"{zh}，引导系数 {config.guidance_scale:g}"
         command += f" --guidance_scale {config.guidance_scale:g}"

@@ -2,17 +2,20 @@
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
+import PIL.Image
 import pytest
 import yaml
 from runs import run
 
 from custom_ddpm.cli import main
+from custom_ddpm.evaluation.evidence import split_grid
 from custom_ddpm.evaluation.report import Report, ReportSettings
 from custom_ddpm.evaluation.report_figures import draw_bits_by_timestep
-from custom_ddpm.evaluation.report_page import _interval, _number
+from custom_ddpm.evaluation.report_page import _grid, _interval, _number
 from custom_ddpm.evaluation.report_words import FINDINGS
 from custom_ddpm.evaluation.symptoms import SYMPTOMS
 
@@ -94,6 +97,20 @@ def test_parts_that_cannot_be_had_say_so(trained):
         assert moved.metrics()["missing"] == "no_data"
     finally:
         file.write_text(before)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++"])
+def test_the_command_under_the_grid_draws_the_grid(tmp_path, digits_cache, sampler):
+    options = {"preview_sampler": sampler, "ddpm_num_inference_steps": 4, "eval_batch_size": 20, "learning_rate": 1e-2}
+    run(tmp_path / "run", class_conditional=True, guidance_scale=1.5, seed=2, **options)
+    report = Report(tmp_path / "run", ReportSettings())
+    found = _grid(report, [str(digit) for digit in range(10)])
+    assert ("DPM-Solver++" in found["en"]) == ("DPM-Solver++" in found["zh"]) == (sampler != "ddpm")
+    words = shlex.split(found["command"].replace("MODEL", str(tmp_path / "run")))
+    main([*words[1:], "--output_dir", str(tmp_path / "drawn")])
+    sheet = np.asarray(PIL.Image.open(tmp_path / "run" / "samples.png"))
+    again = [np.asarray(PIL.Image.open(tmp_path / "drawn" / f"seed-{2 + i}.png")) for i in range(20)]
+    np.testing.assert_array_equal(split_grid(sheet[..., None], 8, 8)[:, 0], again)
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path):
