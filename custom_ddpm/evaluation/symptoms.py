@@ -344,9 +344,9 @@ def _late_start(e: Evidence) -> Found:
     return None
 
 
-# Of the difference of unrelated pictures. Healthy runs on digits have 0.08 to 0.09 with 5 steps, 0.04 to 0.05 with 10,
-# 0.02 to 0.026 with 20 and 0.01 with 50.
-MAX_SAMPLING_CHANGE = 0.03
+# Of the difference of unrelated pictures. Healthy runs on digits that predict ε have 0.08 to 0.09 with 5 steps, 0.04 to
+# 0.05 with 10, 0.02 to 0.026 with 20 and 0.01 with 50; one that predicts x_0 has 0.04 with 50.
+MAX_SAMPLING_CHANGE = 0.06
 
 
 def _few_sampling_steps(e: Evidence) -> Found:
