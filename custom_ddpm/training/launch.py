@@ -162,6 +162,14 @@ def set_cpu_threads(local_processes: int) -> int:
     return torch.get_num_threads()
 
 
+def time_taken() -> str:
+    """The wall time of this process so far, and the cores that it had in use: its CPU seconds per second."""
+    process = psutil.Process()
+    wall, cpu = time.time() - process.create_time(), process.cpu_times()
+    cores = (cpu.user + cpu.system) / wall
+    return f"{wall / 60:.1f} minutes, {cores:.1f} of {os.cpu_count()} CPU cores in use on average"
+
+
 def _threads_were_chosen() -> bool:
     """Whether OMP_NUM_THREADS is the user's: set in the environment of the launcher, or by a flag of the launcher."""
     if "OMP_NUM_THREADS" not in os.environ:

@@ -17,7 +17,7 @@ from .build import Resumed, Run, build_run
 from .checkpoint import find_checkpoint, list_checkpoints, lock_output_dir, prune_checkpoints, save_checkpoint
 from .ema import snapshot_file
 from .ending import final_diagnosis, measure_final_loss, write_bounds
-from .launch import get_logger
+from .launch import get_logger, time_taken
 from .loop import TrainingStep, training_steps
 from .metrics import TimedBatches
 from .parts import build_accelerator
@@ -64,6 +64,7 @@ def train(config: TrainingConfig) -> Path:
             if accelerator.is_main_process:  # accelerate's own print would print once on each machine
                 print(_final_message(run))
                 print(*final_diagnosis(run), sep="\n")
+                logger.info(time_taken())
         accelerator.end_training()
     return run.output_dir
 

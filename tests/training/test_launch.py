@@ -2,11 +2,15 @@
 
 import os
 import subprocess
+import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from runs import LAUNCH, PYTHON
+
+from custom_ddpm.training import launch
 
 CODE = "from custom_ddpm.training.launch import set_cpu_threads; print('threads', set_cpu_threads(LOCAL))"
 CORES = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
@@ -53,3 +57,11 @@ def test_processes_share_the_cores(monkeypatch):
         assert [launch.set_cpu_threads(n) for n in (1, 2, 3, 100)] == [6, 3, 2, 1]
     finally:
         torch.set_num_threads(before)
+
+
+def test_time_taken_is_in_minutes_and_cores(monkeypatch):
+    process = SimpleNamespace(
+        create_time=lambda: time.time() - 120, cpu_times=lambda: SimpleNamespace(user=150.0, system=30.0)
+    )
+    monkeypatch.setattr(launch.psutil, "Process", lambda: process)
+    assert launch.time_taken() == f"2.0 minutes, 1.5 of {os.cpu_count()} CPU cores in use on average"
