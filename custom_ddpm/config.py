@@ -148,6 +148,9 @@ class TrainingConfig:
     num_epochs: int | None = _flag("optimiser", None, "passes over the dataset")
     max_train_steps: int | None = _flag("optimiser", None, "optimiser steps of the whole run")
     max_train_time: float | None = _flag("optimiser", None, "minutes after which the run saves a checkpoint and ends")
+    optimizer: Literal["adamw", "muon"] = _chosen(
+        "optimiser", "AdamW; or Muon for the weights of convolutions and attention, AdamW for the others"
+    )
     learning_rate: float = _chosen("optimiser", "peak learning rate")
     lr_scheduler: str = _chosen(
         "optimiser",

@@ -54,9 +54,25 @@ def test_labels_and_size_are_those_of_the_pictures():
     assert completed(label_dropout=0.0).guidance_scale == 1.0
 
 
-@pytest.mark.parametrize(("side", "device", "patch"), [(8, "cpu", 1), (16, "cpu", 1), (28, "cpu", 2), (64, "cpu", 4)])
-def test_the_first_level_is_small_on_a_cpu(side, device, patch):
-    assert completed(Facts(side, side, None, device)).patch_size == patch
+@pytest.mark.parametrize(
+    ("side", "device", "patch", "channels"),
+    [
+        (8, "cpu", 1, [32, 64]),
+        (28, "cpu", 1, [16, 32, 64]),
+        (64, "cpu", 2, [16, 32, 64]),
+        (64, "cuda", 2, [128, 256, 256]),
+    ],
+)
+def test_the_first_level_has_32_positions_a_side_at_most(side, device, patch, channels):
+    config = completed(Facts(side, side, None, device))
+    assert (config.patch_size, config.block_out_channels) == (patch, channels)
+
+
+@pytest.mark.parametrize(
+    ("device", "sharded", "optimizer"), [("cpu", False, "muon"), ("cpu", True, "adamw"), ("cuda", False, "adamw")]
+)
+def test_muon_where_it_was_measured_and_weights_are_whole(device, sharded, optimizer):
+    assert completed(Facts(32, 32, None, device, sharded)).optimizer == optimizer
 
 
 def test_the_length_of_the_run_gives_warm_up_grids_and_checkpoints():

@@ -40,10 +40,10 @@ logger = get_logger(__name__)
 FIXED_SETTINGS = (
     "resolution block_out_channels patch_size down_block_types layers_per_block attention_head_dim norm_num_groups "
     "class_conditional label_dropout ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr prediction_type "
-    "variance_type timestep_sampling use_ema posthoc_ema_steps init_from seed"
+    "variance_type timestep_sampling optimizer use_ema posthoc_ema_steps init_from seed"
 ).split()
 # What runs had before there were these settings; their checkpoints do not hold them.
-FORMER_SETTINGS = {"patch_size": 1, "resnet_time_scale_shift": "default"}
+FORMER_SETTINGS = {"patch_size": 1, "resnet_time_scale_shift": "default", "optimizer": "adamw"}
 UNCOMPARED_SETTINGS = ("output_dir", "resume_from_checkpoint")  # may differ at every start
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint and its metadata
@@ -94,7 +94,7 @@ def _apply_memory_settings(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    if accelerator.distributed_type != DistributedType.FSDP:  # FSDP needs contiguous weights
+    if not _is_sharded(accelerator):  # FSDP needs contiguous weights
         unet.to(memory_format=memory_format)
     if config.torch_compile:
         # In place, so that parameter names get no prefix; one compilation per input shape, of which there are few.
@@ -150,6 +150,10 @@ def _with_choices_of(config: TrainingConfig, metadata: Mapping[str, Any]) -> Tra
     return dataclasses.replace(config, **found)
 
 
+def _is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
 def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed | None) -> Run:
     """Build everything that a run consists of. The output folder must be locked.
 
@@ -165,7 +169,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     data, validation_data = open_data(config, accelerator)
     logger.info(f"{describe_device(accelerator)}\n{data.describe()}")
     torch.manual_seed(config.seed)
-    config, unet, scheduler = build_model(config, data, accelerator.device.type)
+    config, unet, scheduler = build_model(config, data, accelerator.device.type, _is_sharded(accelerator))
     memory_format = _apply_memory_settings(config, unet, accelerator)
 
     sampler = _build_sampler(config, len(scheduler), accelerator)
@@ -187,10 +191,10 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     state = _build_state(config, accelerator, unet, optimizer, sampler)
     _resume(resumed, settings, state, lr_scheduler)
     _record(config, settings, accelerator)
-    folder = Path(config.output_dir)
-    metrics = MetricsLogger(accelerator, folder, len(scheduler), first_step, max_train_steps, global_batch)
+    output_dir = Path(config.output_dir)
+    metrics = MetricsLogger(accelerator, output_dir, len(scheduler), first_step, max_train_steps, global_batch)
     return Run(
-        output_dir=folder,
+        output_dir=output_dir,
         accelerator=accelerator,
         model=model,
         optimizer=prepared_optimizer,

@@ -27,6 +27,7 @@ from ..schedules import BETA_RANGES, BETA_SCHEDULES, make_betas, resample_betas
 from ..unet import CustomUNet2DModel
 from .launch import get_logger, set_cpu_threads
 from .loop import Loss
+from .muon import Muon
 from .sharding import check_strategy
 
 logger = get_logger(__name__)
@@ -190,7 +191,7 @@ def build_ema(config: TrainingConfig, parameters: Iterable[torch.nn.Parameter]) 
 
 
 def build_model(
-    config: TrainingConfig, data: ImageData, device: str = "cpu"
+    config: TrainingConfig, data: ImageData, device: str = "cpu", sharded: bool = False
 ) -> tuple[TrainingConfig, CustomUNet2DModel, CustomDDPMScheduler]:
     """The U-Net and the noise scheduler that training starts from: new ones, or those of --init_from.
 
@@ -198,16 +199,19 @@ def build_model(
         config: settings of the run; those that are None are chosen here.
         data: the pictures.
         device: type of the device.
+        sharded: whether the weights will be sharded.
 
     Returns:
         The configuration, with the settings of the model of --init_from and those of the recipe, so that what is
         recorded is what is used; the U-Net; the noise scheduler.
 
     Raises:
-        ValueError: the pipeline of --init_from does not fit the pictures or contradicts the flags.
+        ValueError: the pipeline of --init_from does not fit the pictures or contradicts the flags; Muon with shards.
     """
+    if sharded and config.optimizer == "muon":
+        raise ValueError("--optimizer muon needs whole weights, and FSDP shards them: use --optimizer adamw")
     num_classes = None if data.id2label is None else len(data.id2label)
-    facts = Facts(data.height, data.width, num_classes, device)
+    facts = Facts(data.height, data.width, num_classes, device, sharded)
     if config.init_from is None:
         config = complete(config, facts)
         return config, build_unet(config, data), build_scheduler(config)
@@ -286,15 +290,17 @@ def _check_fit(pipeline: CustomDDPMPipeline, config: TrainingConfig, data: Image
 
 
 def build_optimizer(config: TrainingConfig, unet: CustomUNet2DModel) -> torch.optim.Optimizer:
-    """AdamW; fused, because only a fused optimiser can skip a step without the host waiting for the device."""
-    return torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    """AdamW or Muon; fused, because only a fused optimiser can skip a step without the host waiting for the device."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+        "fused": True,
+    }
+    if config.optimizer == "muon":
+        return Muon(unet.named_parameters(), **options)
+    return torch.optim.AdamW(unet.parameters(), **options)
 
 
 def build_loss(config: TrainingConfig) -> Loss:

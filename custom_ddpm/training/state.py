@@ -23,6 +23,7 @@ from .sharding import join, local_part, part_of, reshard
 
 UNET_FILE = "unet.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+MOMENTS = ({"exp_avg", "exp_avg_sq", "step"}, {"momentum"})  # of AdamW, and of Muon
 EMA_FILE = "ema.safetensors"
 POSTHOC_EMA_FILE = "posthoc_ema.safetensors"
 SAMPLER_FILE = "timestep_sampler.safetensors"
@@ -211,9 +212,11 @@ def find_problem(
 
 
 def _optimizer_problem(found: dict[str, list[int]], shapes: dict[str, list[int]]) -> str | None:
-    """Every weight must have the same kinds of moments: scalars, or tensors of the shape of the weight."""
-    kinds = {name.rpartition(".")[2] for name in found}
-    if not kinds or found.keys() != {f"{weight}.{kind}" for weight in shapes for kind in kinds}:
+    """Every weight must have all moments of one of its optimisers: scalars, or tensors of the shape of the weight."""
+    kinds: dict[str, set[str]] = {weight: set() for weight in shapes}
+    for name in found:
+        kinds.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+    if kinds.keys() != shapes.keys() or any(each not in MOMENTS for each in kinds.values()):
         return f"{OPTIMIZER_FILE}: {len(found)} tensors, which are not the moments of {len(shapes)} weights"
     for name, shape in found.items():
         if shape not in ([], shapes[name.rpartition(".")[0]]):

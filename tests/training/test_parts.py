@@ -214,3 +214,8 @@ def test_flags_of_a_run_stay_as_they_are_without_init_from():
     assert {name: found[name] for name, value in vars(config).items() if value is not None} == {
         name: value for name, value in vars(config).items() if value is not None
     }
+
+
+def test_muon_with_sharded_weights_is_refused():
+    with pytest.raises(ValueError, match="--optimizer muon needs whole weights, and FSDP shards them"):
+        build_model(TrainingConfig(optimizer="muon"), GRAY, "cpu", sharded=True)
