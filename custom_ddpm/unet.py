@@ -108,7 +108,9 @@ class GroupNormSiLU(nn.GroupNorm):
         self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
         """SiLU(norm(x) · (1 + scale) + shift) of x (B, C, H, W), for scale and shift (B, C)."""
-        weight, bias, groups, shape = self.weight, self.bias, self.num_groups, x.shape
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
+        groups, shape = self.num_groups, x.shape
         if scale is not None and shift is not None:
             # A batch with weights of its own for each sample is one sample with B · C channels.
             weight, bias = (weight * (1 + scale)).flatten(), (bias * (1 + scale) + shift).flatten()
