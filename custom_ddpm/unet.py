@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -63,6 +64,62 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
+class _GroupNormSiLU(torch.autograd.Function):
+    """SiLU of a group norm. Kept for the backward pass is the input alone; the output of the norm is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.settings = groups, eps
+        return F.silu(_GroupNormSiLU.norm(x, weight, bias, groups, eps)[0], inplace=True).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        normed, mean, rstd = _GroupNormSiLU.norm(x, weight, bias, *ctx.settings)
+        gradient = torch.ops.aten.silu_backward(gradient.contiguous().to(normed.dtype), normed)
+        sizes = (len(x), x.shape[1], x[0, 0].numel(), ctx.settings[0])
+        of_x, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
+            gradient, x.to(normed.dtype), mean, rstd, weight, *sizes, [True, True, True]
+        )
+        return of_x.to(x.dtype), of_weight, of_bias, None, None
+
+    @staticmethod
+    def norm(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Group norm of x, and mean and 1/standard deviation of each group."""
+        if x.device.type != "cpu":  # whose kernels take half precision with float32 weights
+            x = x.to(weight.dtype)
+        result: Any = torch.native_group_norm(x, weight, bias, len(x), x.shape[1], x[0, 0].numel(), groups, eps)
+        return result
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """Group norm, optionally scaled and shifted for each sample, then SiLU."""
+
+    # Elements of the input from which on it is the memory that counts, not the overhead of another call.
+    MIN_ELEMENTS = 2**19
+
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """SiLU(norm(x) · (1 + scale) + shift) of x (B, C, H, W), for scale and shift (B, C)."""
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
+        groups, shape = self.num_groups, x.shape
+        if scale is not None and shift is not None:
+            # A batch with weights of its own for each sample is one sample with B · C channels.
+            weight, bias = (weight * (1 + scale)).flatten(), (bias * (1 + scale) + shift).flatten()
+            groups, x = groups * len(x), x.flatten(0, 1)[None]
+        if x.numel() < self.MIN_ELEMENTS:
+            return F.silu(F.group_norm(x, groups, weight, bias, self.eps)).view(shape)
+        return _GroupNormSiLU.apply(x.contiguous(), weight, bias, groups, self.eps).view(shape)
+
+
 class ResidualBlock(nn.Module):
     """Residual block x + f(x, t), where f is twice group norm, SiLU and convolution.
 
@@ -75,24 +132,31 @@ class ResidualBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, ins, eps)
+        self.norm1 = GroupNormSiLU(groups, ins, eps)
         self.conv1 = nn.Conv2d(ins, outs, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding_dim, 2 * outs if scale_shift else outs)
-        self.norm2 = nn.GroupNorm(groups, outs, eps)
+        self.norm2 = GroupNormSiLU(groups, outs, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(outs, outs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(ins, outs, 1) if ins != outs else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """x (B, ins, H, W), emb (B, embedding_dim) after its SiLU -> (B, outs, H, W)."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        emb = self.time_emb_proj(emb)[:, :, None, None]
+        hidden = self.conv1(self.norm1(x))
+        emb = self.time_emb_proj(emb)
         if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            hidden = self.norm2(hidden) * (1 + scale) + shift
+            hidden = self.norm2(hidden, *emb.chunk(2, dim=1))
         else:
-            hidden = self.norm2(hidden + emb)
-        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(hidden)))
+            hidden = self.norm2(hidden + emb[:, :, None, None])
+        return self.conv_shortcut(x) + self.conv2(self.dropout(hidden))
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Scaled dot-product attention; in float32 on CPUs, whose backward pass in half precision is far slower."""
+    if query.device.type != "cpu" or query.dtype == torch.float64:
+        return F.scaled_dot_product_attention(query, key, value)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float()).to(query.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -125,7 +189,7 @@ class SelfAttention(nn.Module):
             project(pixels).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        hidden = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        hidden = _attention(query, key, value).transpose(1, 2).flatten(2)
         return x + self.to_out[0](hidden).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -143,16 +207,33 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
+class UpsampledConv2d(nn.Conv2d):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
+
+    # Positions of a batch from which on the other formulation is faster on a CPU.
+    MIN_POSITIONS = 512
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) * x[0, 0].numel() < self.MIN_POSITIONS:
+            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # Every output pixel sees 2x2 different pixels only. With the weights of equal pixels added up, that is a
+        # transposed convolution with 4x4 weights: 16 multiplications for 4 pixels and pair of channels, not 36.
+        weight = F.pad(self.weight, (0, 1)) + F.pad(self.weight, (1, 0))
+        weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+        return F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=1)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampledConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
 
 class Block(nn.Module):
@@ -421,7 +502,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         self.down_blocks, skip_channels = _build_down_blocks(self.config)
         self.mid_block = _build_mid_block(self.config)
         self.up_blocks = _build_up_blocks(self.config, skip_channels)
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
+        self.conv_norm_out = GroupNormSiLU(norm_num_groups, channels, norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1)
         self._init_weights()
 
@@ -532,7 +613,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         layers = self.config.layers_per_block + 1
         for block in self.up_blocks:
             sample, skips = block(sample, skips[-layers:], emb), skips[:-layers]
-        sample = self.conv_out(F.silu(self.conv_norm_out(sample)))
+        sample = self.conv_out(self.conv_norm_out(sample))
         sample = F.pixel_shuffle(sample, patch_size) if patch_size > 1 else sample
 
         if sample.shape[2:] != (height, width):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from custom_ddpm import unet as unet_module
-from custom_ddpm.unet import CustomUNet2DModel, ResidualBlock, SelfAttention, timestep_embedding
+from custom_ddpm.unet import (
+    CustomUNet2DModel,
+    GroupNormSiLU,
+    ResidualBlock,
+    SelfAttention,
+    UpsampledConv2d,
+    timestep_embedding,
+)
 
 CIFAR10 = {  # google/ddpm-cifar10-32, the paper's network
     "sample_size": 32,
@@ -514,6 +522,144 @@ def test_compiled_code_gives_the_same_numbers_and_gradients():
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected_gradients[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+# ---- formulations for speed and memory, compared with the plain ones ----
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Every formulation for large inputs, at any size."""
+    monkeypatch.setattr(GroupNormSiLU, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(UpsampledConv2d, "MIN_POSITIONS", 0)
+
+
+def gradients_of(function, *inputs):
+    inputs = [value.detach().clone().requires_grad_() for value in inputs]
+    output = function(*inputs)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return [output, *torch.autograd.grad((output * weights).sum(), inputs)]
+
+
+def plain_norm(x, weight, bias, scale=None, shift=None):
+    groups = x.unflatten(1, (2, -1))
+    mean, variance = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), correction=0, keepdim=True)
+    normed = ((groups - mean) / (variance + 1e-3).sqrt()).flatten(1, 2)
+    normed = normed * weight[:, None, None] + bias[:, None, None]
+    if scale is not None:
+        normed = normed * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return normed * torch.sigmoid(normed)
+
+
+@pytest.mark.parametrize("threshold", [0, 10**9])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_with_silu_is_its_definition(monkeypatch, threshold, scaled, memory_format):
+    monkeypatch.setattr(GroupNormSiLU, "MIN_ELEMENTS", threshold)
+    torch.manual_seed(0)
+    x = (3 * torch.randn(3, 6, 5, 4, dtype=torch.float64) + 1).to(memory_format=memory_format)
+    conditions = [torch.randn(3, 6, dtype=torch.float64) for _ in range(2 * scaled)]
+    layer = GroupNormSiLU(2, 6, 1e-3).double()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+
+    def ours(x, weight, bias, *conditions):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, *conditions))
+
+    inputs = (x, layer.weight, layer.bias, *conditions)
+    for value, expected in zip(gradients_of(ours, *inputs), gradients_of(plain_norm, *inputs), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    assert torch.autograd.gradcheck(ours, leaves)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_group_norm_with_silu_keeps_its_input_alone(always, scaled):
+    layer, x = GroupNormSiLU(2, 64), torch.randn(4, 64, 8, 8, requires_grad=True)
+    conditions = [torch.randn(4, 64, requires_grad=True) for _ in range(2 * scaled)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        layer(x, *conditions)
+    large = [value for value in kept if value.numel() == x.numel()]
+    assert [value.untyped_storage().data_ptr() for value in large] == [x.untyped_storage().data_ptr()]
+
+
+def test_group_norm_with_silu_has_no_second_derivative_and_says_so(always):
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(GroupNormSiLU(2, 4)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_norm_with_silu_in_half_precision_keeps_the_dtypes(always, dtype):
+    layer = GroupNormSiLU(2, 4)
+    x = torch.randn(2, 4, 3, 3).to(dtype).requires_grad_()
+    output = layer(x)
+    output.sum().backward()
+    assert output.dtype == x.grad.dtype == dtype and layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(output.float(), F.silu(nn.GroupNorm(2, 4)(x.float())), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 3)])
+def test_upsampling_and_convolution_are_one_transposed_convolution(always, size):
+    layer = UpsampledConv2d(3, 4, 3, padding=1)
+    x = torch.randn(2, 3, *size)
+
+    def plain(x, weight, bias):
+        return F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), weight, bias, padding=1)
+
+    def ours(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    inputs = (x, layer.weight, layer.bias)
+    for value, expected in zip(gradients_of(ours, *inputs), gradients_of(plain, *inputs), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    assert ours(x, layer.weight, layer.bias).grad_fn.name() == "ConvolutionBackward0"
+    with torch.profiler.profile() as profile:
+        layer(x)
+    assert any(event.key == "aten::conv_transpose2d" for event in profile.key_averages())
+
+
+def test_attention_in_half_precision_on_a_cpu_is_that_of_float32():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 5, 8).bfloat16().requires_grad_() for _ in range(3)]
+    query, key, value = (tensor.float() for tensor in inputs)
+    expected = (query @ key.transpose(2, 3) / math.sqrt(8)).softmax(-1) @ value
+    with torch.autocast("cpu", torch.bfloat16):
+        output = unet_module._attention(*inputs)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected.bfloat16(), rtol=0.004, atol=1e-5)  # rounded once, at the end
+    output.float().sum().backward()
+    assert all(tensor.grad.dtype == torch.bfloat16 for tensor in inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_formulations_for_large_inputs_give_the_same_network(always, layout):
+    custom, stock = make_pair(layout)
+    assert_same_network(custom, stock, *make_inputs(layout))
+
+
+def test_formulations_for_large_inputs_with_gradient_checkpointing_autocast_and_compilation(always):
+    layout = {**SMALL, "resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5}
+    model = scramble(CustomUNet2DModel(**layout))
+    inputs = make_inputs(layout)
+    expected, expected_gradients = output_and_gradients(model, *inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for runnable in (compiled, model):
+        if runnable is model:
+            model.enable_gradient_checkpointing()
+        output, gradients = output_and_gradients(runnable, *inputs)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+        for name, gradient in expected_gradients.items():
+            found = gradients[name if name in gradients else f"_orig_mod.{name}"]
+            torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-3, msg=name)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, gradients = output_and_gradients(model, *inputs)
+    assert ((output - expected).norm() / expected.norm()) < 0.05
+    errors = [(gradients[name] - value).norm() / value.norm() for name, value in expected_gradients.items()]
+    assert np.median(errors) < 0.1
 
 
 # ---- saving and loading ----

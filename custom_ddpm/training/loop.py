@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from ..data.pixels import normalise
 from ..scheduler import CustomDDPMScheduler
 from .randomness import Draws, UniformSampler, draw
-from .sharding import whole
+from .sharding import weights_of, whole
 
 Loss = Callable[..., torch.Tensor]
 
@@ -77,12 +77,12 @@ def training_steps(
             x_t = scheduler.add_noise(x_0, draws.noise, t).to(memory_format=memory_format)
             condition = _condition(labels, draws, label_dropout, null_label)
             with accelerator.accumulate(model):
-                torch.manual_seed(draws.dropout_seed)  # dropout draws from the global generator
+                _seed(draws.dropout_seed, accelerator.device)  # dropout draws from the global generator
                 output = model(x_t, t, **condition).sample
                 sample_losses = loss(scheduler, output, x_0, draws.noise, x_t, t)
                 accelerator.backward((sample_losses * weights).mean())
                 if accelerator.sync_gradients:  # the last batch of the step
-                    grad_norm, skipped = _clip_gradients(accelerator, model, optimizer, max_grad_norm)
+                    grad_norm, skipped = _clip_gradients(accelerator, optimizer, max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             timesteps.append(t)
@@ -112,15 +112,26 @@ def _condition(
     return {"class_labels": torch.where(draws.label < label_dropout, null_label, labels)}
 
 
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the global generators of the CPU and the device.
+
+    `torch.manual_seed` does the same for all kinds of devices. For those that are not in use it writes a stack trace at
+    every call, which takes longer than the averages of the weights.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def _clip_gradients(
-    accelerator: Accelerator, model: Any, optimizer: Any, max_grad_norm: float
+    accelerator: Accelerator, optimizer: Any, max_grad_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip the gradients to a norm, and have the optimiser skip the step if they are not finite.
 
     Returns:
         The norm before clipping; 1.0 if the step is skipped, else 0.0.
     """
-    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    grad_norm = whole(accelerator.clip_grad_norm_(weights_of(optimizer), max_grad_norm))
     skipped = (~torch.isfinite(grad_norm)).float()
     if accelerator.scaler is None:
         # The attribute that GradScaler sets: a fused optimiser reads it on the device and skips the update, without

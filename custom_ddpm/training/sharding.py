@@ -57,6 +57,14 @@ def local_part(tensor: torch.Tensor) -> Any:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def weights_of(optimizer: Any) -> list[torch.nn.Parameter]:
+    """The weights that an optimiser updates, or their shards, in the model's order.
+
+    `model.parameters()` visits all modules, which takes longer than clipping the gradients of a small model.
+    """
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor, gathered if it is sharded. Must be called by all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,7 @@ from ..likelihood import ImportanceSampler
 from ..messages import one_line
 from ..unet import CustomUNet2DModel
 from .ema import SIGMA_RELS, PostHocEMA, save_snapshot
-from .sharding import join, local_part, part_of, reshard
+from .sharding import join, local_part, part_of, reshard, weights_of
 
 UNET_FILE = "unet.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -58,7 +58,7 @@ class TrainingState:
 
     def step_averages(self) -> None:
         """Update the averages; to be called after each optimiser step."""
-        weights = [local_part(w) for w in self.unet.parameters()]
+        weights = [local_part(w) for w in weights_of(self.optimizer)]
         for average in (self.ema, self.posthoc_ema):
             if average is not None:
                 average.step(weights)

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from conftest import make_pipeline
 
 from custom_ddpm.objective import diffusion_loss
-from custom_ddpm.training import TrainingStep, training_steps
+from custom_ddpm.training import TrainingStep, loop, training_steps
 from custom_ddpm.training.randomness import draw
+from custom_ddpm.training.sharding import weights_of
 
 
 def prepared(lr=1e-2, classes=None):
@@ -109,3 +110,19 @@ def test_stratified_timesteps_are_evenly_spaced_in_the_global_batch():
     assert (torch.stack(each).mean(0) - 0.5).abs().max() < 4 * (1 / 12 / 200) ** 0.5
     others = draw(3, 0, range(8), (1, 2, 2), device)
     assert torch.equal(others.noise, draw(3, 0, range(8), (1, 2, 2), device, strata=8).noise)
+
+
+def test_dropout_is_seeded_as_by_torch_without_the_devices_that_are_not_in_use(monkeypatch):
+    seed = 2**64 - 3  # the draws are words of 64 bits
+    torch.manual_seed(seed)
+    expected = torch.rand(5)
+    torch.rand(1)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds a device that is not in use"))
+    loop._seed(seed, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_the_weights_of_an_optimiser_are_those_of_its_model_in_order():
+    model, _, optimizer, _, _ = prepared()
+    found, expected = weights_of(optimizer), list(model.parameters())
+    assert len(found) == len(expected) > 10 and all(a is b for a, b in zip(found, expected, strict=True))
