@@ -115,7 +115,7 @@ class GroupNormSiLU(nn.GroupNorm):
             # A batch with weights of its own for each sample is one sample with B · C channels.
             weight, bias = (weight * (1 + scale)).flatten(), (bias * (1 + scale) + shift).flatten()
             groups, x = groups * len(x), x.flatten(0, 1)[None]
-        if x.numel() < self.MIN_ELEMENTS:
+        if not torch.is_grad_enabled() or x.numel() < self.MIN_ELEMENTS:
             return F.silu(F.group_norm(x, groups, weight, bias, self.eps)).view(shape)
         return _GroupNormSiLU.apply(x.contiguous(), weight, bias, groups, self.eps).view(shape)
 
@@ -210,12 +210,13 @@ class Downsample(nn.Module):
 class UpsampledConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
 
-    # Positions of a batch from which on the other formulation is faster on a CPU.
-    MIN_POSITIONS = 512
+    # Positions of a picture from which on the other formulation is faster on a CPU. Not those of the batch: a sample
+    # depends on its seed, not on how many are drawn at once.
+    MIN_POSITIONS = 32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) * x[0, 0].numel() < self.MIN_POSITIONS:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or x[0, 0].numel() < self.MIN_POSITIONS:
             return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         # Every output pixel sees 2x2 different pixels only. With the weights of equal pixels added up, that is a
         # transposed convolution with 4x4 weights: 16 multiplications for 4 pixels and pair of channels, not 36.
