@@ -138,9 +138,13 @@ def train_ours(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         command = [sys.executable, "-m", "custom_ddpm.cli", "sample", str(run), *words, f"{run}-samples", *sampler]
         subprocess.run(command, check=True, stdout=sys.stderr)
         os.replace(f"{run}-samples/samples.npz", file)
-        state = json.loads(next(run.glob("checkpoint-*/metadata.json")).read_text())
+        state = max((json.loads(each.read_text()) for each in run.glob("checkpoint-*/metadata.json")), key=_step)
         found = {"steps": state["step"], "pictures": state["samples_seen"], **_cost(run, args)}
         yield {"minutes": minutes, "seconds": took, "cpu_seconds": used, **found}
+
+
+def _step(state: dict[str, Any]) -> int:
+    return int(state["step"])
 
 
 def _cost(run: Path, args: argparse.Namespace) -> dict[str, float]:
