@@ -64,6 +64,23 @@ def _require_floating_point(dtype: torch.dtype) -> None:
         raise TypeError(f"samples are of dtype {dtype}; they must be floating point")
 
 
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for samples of a dtype: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _as(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype; without a call of torch where it is so already, which is most of the time."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _draw(like: torch.Tensor, generator: Any) -> torch.Tensor:
+    """z ~ N(0, I), of the shape, dtype and device of a tensor."""
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == like.device.type):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
 def _check_arguments(config: Any) -> None:
     _require("variance_type", config.variance_type, VARIANCE_TYPES)
     _require("prediction_type", config.prediction_type, PREDICTION_TYPES)
@@ -109,8 +126,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """DDPM scheduler (Ho, Jain, Abbeel 2020, arXiv:2006.11239) with the interface of diffusers' `DDPMScheduler`.
 
     Every coefficient is computed in float64 from log ᾱ and rounded once to the precision of the tensors it multiplies
-    (in float32 on devices without float64, such as MPS). Methods accept timesteps as an int, a 0-d tensor, or one per
-    sample (B,). They never synchronise with the device and do not branch on tensor values.
+    (in float32 on devices without float64, such as MPS). `step` and `add_noise` take them from tables, which are made
+    once for a schedule, a device and a precision. Methods accept timesteps as an int, a 0-d tensor, or one per sample
+    (B,). They never synchronise with the device and do not branch on tensor values.
 
     Args:
         num_train_timesteps: T.
@@ -208,6 +226,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 "use 'v_prediction' or 'sample'"
             )
         self._log_table = self._log_alphas_cumprod  # cached copy on the device in use
+        self._level_tables: dict[Any, torch.Tensor] = {}  # and tables by name, device and dtype
         beta_bars = -torch.expm1(self._log_alphas_cumprod[1:3])
         self._smallest_posterior_variance = float(beta_bars[0] / beta_bars[-1] * betas[: len(beta_bars)][-1])
         self.betas = betas.float()
@@ -272,7 +291,10 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # For every t, the next lower scheduled timestep, or −1 after the last: `step` goes from x_t to x_{previous[t]}.
         ascending = np.concatenate([[-1], chosen[::-1]])
         position = np.searchsorted(ascending, np.arange(self.config.num_train_timesteps)) - 1
-        self._previous_table = torch.from_numpy(ascending[position]).to(device)
+        self._previous_table = torch.from_numpy(ascending[position])
+        self._step_tables: dict[Any, torch.Tensor] = {}
+        # The usual one now, so that `step` need not bring it to the device.
+        self._step_table(1.0, torch.empty(0, 0, 0, 0, dtype=torch.float32, device=self.timesteps.device))
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """The timestep that `step` goes to from `timestep`; −1 is x_0.
@@ -284,7 +306,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             An int for an int, a tensor of the same shape for a tensor.
         """
         if isinstance(timestep, torch.Tensor):
-            return self._previous(timestep.reshape(-1)).view_as(timestep)
+            return self._previous_table.to(timestep.device).index_select(0, timestep.reshape(-1)).view_as(timestep)
         return int(self._previous_table[timestep])
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -299,7 +321,12 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return timesteps.to(like.device).reshape(-1)
         return torch.full((1,), int(timesteps), device=like.device)
 
+    @staticmethod
+    def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, *[1] * (like.ndim - 1))
+
     def _log_alpha_bar(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """log ᾱ_t in float64, for the coefficients of any pair (t, s)."""
         if self._log_table.device != like.device:
             dtype = torch.float32 if like.device.type == "mps" else torch.float64
             self._log_table = self._log_alphas_cumprod.to(device=like.device, dtype=dtype)
@@ -307,20 +334,64 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._per_sample(self._log_table.index_select(0, timesteps + 1), like)
 
     @staticmethod
-    def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return values.view(-1, *[1] * (like.ndim - 1))
+    def _rounded(columns: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Columns (T,) in float64 as a table (columns, T, 1, ..., 1) for `_look_up`, rounded to what `like` needs."""
+        table = torch.stack(tuple(columns)).to(_working_dtype(like.dtype)).to(like.device)
+        return table.view(*table.shape, *[1] * (like.ndim - 1))
 
-    def _previous(self, timesteps: torch.Tensor) -> torch.Tensor:
-        if self._previous_table.device != timesteps.device:
-            self._previous_table = self._previous_table.to(timesteps.device)
-        return self._previous_table.index_select(0, timesteps)
+    @staticmethod
+    def _look_up(table: torch.Tensor, timesteps: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The columns of a table at t: (B or 1, 1, ..., 1) each."""
+        if isinstance(timesteps, torch.Tensor):
+            if timesteps.device != table.device:
+                timesteps = timesteps.to(table.device)
+            return table.index_select(1, timesteps.reshape(-1)).unbind(0)
+        t, T = int(timesteps), table.shape[1]
+        if not 0 <= t < T:  # a negative one would count from the end
+            raise IndexError(f"timestep {t} is out of range; it must be in [0, {T})")
+        return table.narrow(1, t, 1).unbind(0)
+
+    def _level_coefficients(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two coefficients of a linear combination at one noise level: float64 (T,) each.
+
+        "x_t": of x_0 and ε (F9). "v": of ε and x_0. "<wanted> from <given>": of x_t and the given prediction.
+        """
+        log = self._log_alphas_cumprod[1:]
+        root, beta_bar = (0.5 * log).exp(), -torch.expm1(log)
+        sigma, zero = beta_bar.sqrt(), torch.zeros_like(log)
+        combinations = {
+            "x_t": (root, sigma),
+            "v": (root, -sigma),
+            "x_0 from sample": (zero, zero + 1.0),
+            "x_0 from epsilon": (1.0 / root, -sigma / root),
+            "x_0 from score": (1.0 / root, beta_bar / root),
+            "x_0 from v_prediction": (root, -sigma),
+            "epsilon from sample": (1.0 / sigma, -root / sigma),
+            "epsilon from score": (zero, -sigma),
+            "epsilon from v_prediction": (sigma, root),
+            "score from epsilon": (zero, -1.0 / sigma),
+        }
+        return combinations[name]
+
+    def _combine(
+        self, name: str, timesteps: int | torch.Tensor, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """a·x + b·y with the coefficients called `name`, in at least float32, returned in `dtype`."""
+        _require_floating_point(dtype)
+        key = (name, x.device, dtype, x.ndim)
+        table = self._level_tables.get(key)
+        if table is None:
+            table = self._level_tables[key] = self._rounded(self._level_coefficients(name), x.to(dtype))
+        a, b = self._look_up(table, timesteps)
+        return self._mix(dtype, a, x, b, y)
 
     @staticmethod
     def _mix(dtype: torch.dtype, a: torch.Tensor, x: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """a·x + b·y in at least float32, returned in `dtype`."""
         _require_floating_point(dtype)
-        working = torch.promote_types(dtype, torch.float32)
-        return torch.addcmul(a.to(working) * x, b.to(working), y.to(working)).to(dtype)
+        working = _working_dtype(dtype)
+        a, x, b, y = (_as(working, each) for each in (a, x, b, y))
+        return _as(dtype, torch.mul(a, x).addcmul_(b, y))
 
     # ---- forward process ----
 
@@ -345,9 +416,11 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             x_t, shape and dtype of `original_samples`.
 
         Raises:
-            IndexError: a timestep is out of range (on CUDA: a device-side assertion).
+            IndexError: a timestep is out of range (RuntimeError for a tensor, on CUDA a device-side assertion).
             TypeError: `original_samples` are not of a floating-point dtype.
         """
+        if isinstance(prev_timesteps, int) and prev_timesteps == -1:
+            return self._combine("x_t", timesteps, original_samples, noise, original_samples.dtype)
         log_t = self._log_alpha_bar(self._as_index(timesteps, original_samples), original_samples)
         log_s = self._log_alpha_bar(self._as_index(prev_timesteps, original_samples), original_samples)
         log_ratio = log_t - log_s
@@ -392,8 +465,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Returns:
             v_t, shape and dtype of `sample`.
         """
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        return self._mix(sample.dtype, (0.5 * log_t).exp(), noise, -(-torch.expm1(log_t)).sqrt(), sample)
+        return self._combine("v", timesteps, noise, sample, sample.dtype)
 
     # ---- conversion between x_0, ε, v and the score ----
 
@@ -423,13 +495,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if prediction_type == "sample":
             _require_floating_point(sample.dtype)
             return model_output.to(sample.dtype)
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        root, beta_bar = (0.5 * log_t).exp(), -torch.expm1(log_t)
-        if prediction_type == "epsilon":
-            return self._mix(sample.dtype, 1.0 / root, sample, -beta_bar.sqrt() / root, model_output)
-        if prediction_type == "score":
-            return self._mix(sample.dtype, 1.0 / root, sample, beta_bar / root, model_output)
-        return self._mix(sample.dtype, root, sample, -beta_bar.sqrt(), model_output)
+        return self._combine(f"x_0 from {prediction_type}", timesteps, sample, model_output, sample.dtype)
 
     def predict_epsilon(
         self,
@@ -444,13 +510,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if prediction_type == "epsilon":
             _require_floating_point(sample.dtype)
             return model_output.to(sample.dtype)
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        root, sigma = (0.5 * log_t).exp(), (-torch.expm1(log_t)).sqrt()
-        if prediction_type == "sample":
-            return self._mix(sample.dtype, 1.0 / sigma, sample, -root / sigma, model_output)
-        if prediction_type == "score":
-            return self._mix(sample.dtype, -sigma, model_output, torch.zeros_like(sigma), sample)
-        return self._mix(sample.dtype, sigma, sample, root, model_output)
+        return self._combine(f"epsilon from {prediction_type}", timesteps, sample, model_output, sample.dtype)
 
     def predict_velocity(
         self,
@@ -477,18 +537,15 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Arguments of `predict_original_sample`.
         """
         epsilon = self.predict_epsilon(model_output, timesteps, sample, prediction_type)
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        scale = -1.0 / (-torch.expm1(log_t)).sqrt()
-        return self._mix(sample.dtype, scale, epsilon, torch.zeros_like(scale), sample)
+        return self._combine("score from epsilon", timesteps, sample, epsilon, sample.dtype)
 
     # ---- reverse process ----
 
+    @staticmethod
     def _posterior_coefficients(
-        self, timesteps: torch.Tensor, prev_timesteps: torch.Tensor, like: torch.Tensor, eta: float
+        log_t: torch.Tensor, log_s: torch.Tensor, eta: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Coefficients of q_η(x_s | x_t, x_0): of x_0, of x_t, the variance η²β̃, and β_{t|s} = 1−ᾱ_t/ᾱ_s."""
-        log_t = self._log_alpha_bar(timesteps, like)
-        log_s = self._log_alpha_bar(prev_timesteps, like)
+        """Coefficients of q_η(x_s | x_t, x_0) from log ᾱ_t and log ᾱ_s: of x_0, of x_t, the variance η²β̃; and β."""
         alpha, beta = (log_t - log_s).exp(), -torch.expm1(log_t - log_s)  # R7: α_t -> ᾱ_t/ᾱ_s
         beta_bar_t, beta_bar_s = -torch.expm1(log_t), -torch.expm1(log_s)
 
@@ -529,42 +586,58 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         t = self._as_index(timesteps, sample)
         s = t - 1 if prev_timesteps is None else self._as_index(prev_timesteps, sample)
-        of_original, of_sample, variance, _ = self._posterior_coefficients(t, s, sample, eta)
+        log_t, log_s = self._log_alpha_bar(t, sample), self._log_alpha_bar(s, sample)
+        of_original, of_sample, variance, _ = self._posterior_coefficients(log_t, log_s, eta)
         mean = self._mix(sample.dtype, of_original, original_samples, of_sample, sample)
-        return mean, variance.to(torch.promote_types(sample.dtype, torch.float32))
+        return mean, variance.to(_working_dtype(sample.dtype))
 
-    def _log_variance(
+    def _log_variance_range(
         self,
-        predicted_variance: torch.Tensor | None,
         timesteps: torch.Tensor,
-        last_step: torch.Tensor,
+        prev_timesteps: torch.Tensor,
         of_original: torch.Tensor,
         posterior: torch.Tensor,
-        large: torch.Tensor,
+        beta: torch.Tensor,
         eta: float,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log σ², twice; for "learned_range" the two between which the model interpolates, log η²β̃ and log η²β.
+
+        Args:
+            timesteps, prev_timesteps: t and s, int64 (N,).
+            of_original, posterior, beta: as from `_posterior_coefficients`, (N, ...) with N numbers.
+            eta: in [0, 1].
+        """
         kind = self.config.variance_type
-        if kind == "zero":
-            return torch.full_like(posterior, -torch.inf)
         # The posterior variance of the last step is 0. It is replaced by the smallest non-zero one (Nichol & Dhariwal
         # 2021), so that the last likelihood term is finite. `step` adds no noise there.
-        small = torch.where(last_step, eta**2 * self._smallest_posterior_variance, posterior)
-        if kind in ("fixed_small", "fixed_small_log"):
-            return small.log()
-        if kind in ("fixed_large", "fixed_large_log"):
-            return large.log()
-        if kind == "analytic":
+        is_last = (prev_timesteps < 0).view(posterior.shape[0] if len(prev_timesteps) > 1 else 1, *posterior.shape[1:])
+        small = torch.where(is_last, eta**2 * self._smallest_posterior_variance, posterior).log()
+        large = (eta**2 * beta).log()
+        if kind == "zero":
+            small = large = torch.full_like(posterior, -torch.inf)
+        elif kind in ("fixed_large", "fixed_large_log"):
+            small = large
+        elif kind == "analytic":
             # Law of total variance: the posterior variance, plus the variance of the posterior mean over x_0.
-            self._original_sample_variances = self._original_sample_variances.to(small)
-            of_x0 = self._per_sample(self._original_sample_variances.index_select(0, timesteps), small)
-            return (posterior + of_original**2 * of_x0).clamp(min=_SMALLEST_VARIANCE).log()
-        assert predicted_variance is not None  # guaranteed by `split_model_output`
-        predicted = predicted_variance.to(torch.promote_types(predicted_variance.dtype, torch.float32))
-        if kind == "learned":
+            of_x0 = self._original_sample_variances.to(posterior).index_select(0, timesteps)
+            of_x0 = of_x0.view(-1, *posterior.shape[1:])
+            small = large = (posterior + of_original**2 * of_x0).clamp(min=_SMALLEST_VARIANCE).log()
+        elif kind != "learned_range":
+            large = small
+        return small, large
+
+    def _log_variance(
+        self, predicted_variance: torch.Tensor | None, eta: float, small: torch.Tensor, large: torch.Tensor
+    ) -> torch.Tensor:
+        """log σ² by `variance_type`, from the model's output for it and `_log_variance_range`."""
+        if predicted_variance is None:
+            return small
+        predicted = predicted_variance.to(_working_dtype(predicted_variance.dtype))
+        if self.config.variance_type == "learned":
             # The network output may be negative.
             return (eta**2 * predicted).clamp(min=_SMALLEST_VARIANCE).log()
         weight = (predicted + 1.0) / 2.0
-        return weight * large.log().to(predicted) + (1.0 - weight) * small.log().to(predicted)
+        return weight * large.to(predicted) + (1.0 - weight) * small.to(predicted)
 
     def predict_mean_log_variance(
         self,
@@ -604,11 +677,12 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         original_sample = self.predict_original_sample(prediction, t, sample)
         if limit:
             original_sample = self._limit(original_sample)
-        of_original, of_sample, posterior, beta = self._posterior_coefficients(t, s, sample, eta)
+        log_t, log_s = self._log_alpha_bar(t, sample), self._log_alpha_bar(s, sample)
+        of_original, of_sample, posterior, beta = self._posterior_coefficients(log_t, log_s, eta)
         mean = self._mix(sample.dtype, of_original, original_sample, of_sample, sample)
-        last_step = self._per_sample(s < 0, sample)
-        log_variance = self._log_variance(predicted_variance, t, last_step, of_original, posterior, eta**2 * beta, eta)
-        return mean, log_variance.to(torch.promote_types(sample.dtype, torch.float32)), original_sample
+        small, large = self._log_variance_range(t, s, of_original, posterior, beta, eta)
+        log_variance = self._log_variance(predicted_variance, eta, small, large)
+        return mean, log_variance.to(_working_dtype(sample.dtype)), original_sample
 
     def split_model_output(
         self, model_output: torch.Tensor, sample: torch.Tensor
@@ -640,9 +714,10 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return prediction, predicted_variance
         return model_output, None
 
-    def _limit(self, original_sample: torch.Tensor) -> torch.Tensor:
+    def _limit(self, original_sample: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """x̂_0, clipped or thresholded."""
         if self.config.thresholding:
-            flat = original_sample.flatten(1).to(torch.promote_types(original_sample.dtype, torch.float32))
+            flat = original_sample.flatten(1).to(_working_dtype(original_sample.dtype))
             # The quantile by linear interpolation. torch.quantile is limited to 2**24 numbers.
             ordered, last = flat.abs().sort(dim=1).values, flat.shape[1] - 1
             rank = self.config.dynamic_thresholding_ratio * last
@@ -652,8 +727,29 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             limited = flat.clamp(-bound, bound) / bound
             return limited.view_as(original_sample).to(original_sample.dtype)
         if self.config.clip_sample:
-            return original_sample.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+            bound = self.config.clip_sample_range
+            return original_sample.clamp_(-bound, bound) if in_place else original_sample.clamp(-bound, bound)
         return original_sample
+
+    def _step_table(self, eta: float, like: torch.Tensor) -> torch.Tensor:
+        """All that `step` multiplies with, for every t and its next timestep: (columns, T, 1, ..., 1).
+
+        For x̂_0 the coefficients of x_t and of the model's prediction (R5); for x_s those of x̂_0 and of x_t (R4, R7); σ.
+        Where the model's output decides on σ: 1 and at the last step 0, and the range of log σ² for "learned_range".
+        """
+        key = (eta, like.device, like.dtype, like.ndim)
+        table = self._step_tables.get(key)
+        if table is None:
+            t, s = torch.arange(len(self), device="cpu"), self._previous_table
+            log_t, log_s = (self._log_alphas_cumprod[i + 1] for i in (t, s))
+            of_original, of_sample, posterior, beta = self._posterior_coefficients(log_t, log_s, eta)
+            ends = self._log_variance_range(t, s, of_original, posterior, beta, eta)
+            learned = self.config.variance_type in ("learned", "learned_range")
+            sigma = torch.where(s < 0, 0.0, torch.ones_like(posterior) if learned else (0.5 * ends[0]).exp())
+            prediction = self._level_coefficients(f"x_0 from {self.config.prediction_type}")
+            columns = (*prediction, of_original, of_sample, sigma, *(ends if learned else ()))
+            table = self._step_tables[key] = self._rounded(columns, like)
+        return table
 
     def step(
         self,
@@ -668,8 +764,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> CustomDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step of the reverse process (S1): x_t -> x_s, where s is the next timestep of the schedule.
 
-        x_s is the posterior mean (R4, R7) with x̂_0 from the model (R5), plus σ z. The step to x_0 adds no noise, for
-        every timestep spacing.
+        x_s is the posterior mean (R4, R7) with x̂_0 from the model (R5), plus σ z. The step to x_0 adds no noise.
 
         Args:
             model_output: (B, C, ...), or (B, 2C, ...) for a learned variance.
@@ -688,21 +783,31 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: the shape of `model_output` does not match `sample` and `variance_type`.
         """
-        t = self._as_index(timestep, sample)
-        s = self._previous(t)
-        mean, log_variance, original_sample = self.predict_mean_log_variance(model_output, t, sample, s, eta=eta)
+        _require_floating_point(sample.dtype)
+        prediction, predicted_variance = self.split_model_output(model_output, sample)
+        row = self._look_up(self._step_table(eta, sample), timestep)
+        x_of_sample, x_of_output, of_original, of_sample, sigma, *log_variance_range = row
+        dtype, working = sample.dtype, _working_dtype(sample.dtype)
+        x_t = _as(working, sample)
+        if self.config.prediction_type == "sample":
+            original_sample = self._limit(_as(dtype, prediction))
+        else:
+            x_0 = self._mix(dtype, x_of_sample, x_t, x_of_output, prediction)
+            original_sample = self._limit(x_0, in_place=True)
+        if predicted_variance is not None:
+            log_variance = self._log_variance(predicted_variance, eta, *log_variance_range)
+            sigma = sigma * _as(working, (0.5 * log_variance).exp())
 
-        prev_sample = mean
-        kind = self.config.variance_type
-        if kind != "zero" and (eta > 0 or kind == "analytic"):
-            if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-                )
-            adds_noise = self._per_sample(s >= 0, sample)
-            sigma = torch.where(adds_noise, (0.5 * log_variance).exp(), 0.0)
-            prev_sample = torch.addcmul(mean.to(sigma), sigma, variance_noise.to(sigma)).to(sample.dtype)
-
+        # x_s is summed up in the memory of the noise.
+        if self.config.variance_type == "zero" or (eta == 0 and self.config.variance_type != "analytic"):
+            x_s = torch.mul(_as(working, original_sample), of_original)
+        elif variance_noise is None:
+            x_s = _as(working, _draw(sample, generator)).mul_(sigma)
+            x_s.addcmul_(_as(working, original_sample), of_original)
+        else:
+            x_s = torch.mul(_as(working, variance_noise), sigma)
+            x_s.addcmul_(_as(working, original_sample), of_original)
+        prev_sample = _as(dtype, x_s.addcmul_(x_t, of_sample))
         if not return_dict:
             return prev_sample, original_sample
         return CustomDDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original_sample)
