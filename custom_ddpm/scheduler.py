@@ -1,6 +1,6 @@
 """`CustomDDPMScheduler`: the forward process, its posterior and the reverse step.
 
-Formula numbers (F3 … S1) refer to docs/derivation.md. Timesteps run t = 0 … T−1 in code; t = −1 is the state before the
+Formula numbers (F3 … S3) refer to docs/derivation.md. Timesteps run t = 0 … T−1 in code; t = −1 is the state before the
 first step, where ᾱ = 1 and the sample is x_0. This file imports only `schedules.py` from its folder: both files are
 saved in every model repository.
 """
@@ -85,6 +85,8 @@ def _check_arguments(config: Any) -> None:
     _require("variance_type", config.variance_type, VARIANCE_TYPES)
     _require("prediction_type", config.prediction_type, PREDICTION_TYPES)
     _require("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+    if config.solver_order not in (1, 2, 3):
+        raise ValueError(f"solver_order is {config.solver_order}; it must be 1, 2 or 3")
     if config.num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps is {config.num_train_timesteps}; it must be at least 1")
 
@@ -156,6 +158,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         rescale_betas_zero_snr: whether to rescale β so that ᾱ_T = 0 (Lin et al. 2024); not possible with "epsilon".
         original_sample_variances: T numbers E[Var(x_0 | x_t)] per pixel, for variance_type "analytic"; see
             `likelihood.estimate_original_sample_variances`.
+        solver_order: 1: a step takes x̂_0 as constant (R4, R7). 2 or 3: a polynomial through the last 2 or 3 x̂_0 of the
+            run, in log-SNR (S3); for η = 0, η = 1 and between. The first steps, and the last ones, have a lower order.
 
     Attributes:
         betas, alphas, alphas_cumprod: float32 (T,) on the CPU: β_t, α_t = 1−β_t, ᾱ_t.
@@ -189,6 +193,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         original_sample_variances: list[float] | None = None,
+        solver_order: int = 1,
     ):
         if variance_type is None:
             self.register_to_config(variance_type="fixed_small")
@@ -202,19 +207,29 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # Other schedulers have other defaults (β_T = 0.012, for example): their `from_config` must receive our values.
         defaults = self.config.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[])
-        if original_sample_variances is None:
-            # Other schedulers warn of arguments that they do not know, so it is in the configuration only when used.
-            left_out = {"original_sample_variances"}
+        own = {"original_sample_variances": original_sample_variances is None, "solver_order": solver_order == 1}
+        left_out = {name for name, is_default in own.items() if is_default}
+        if left_out:
+            # Other schedulers warn of arguments that they do not know, or have another default for them (multistep
+            # solvers for solver_order), so these are in the configuration only when used.
             if {*defaults} <= left_out:  # a loaded configuration, which has every value
                 left_out.add("_use_default_values")
             self._internal_dict = FrozenDict(
                 {name: value for name, value in self.config.items() if name not in left_out}
             )
 
+        self._solver_order = solver_order  # not always in the configuration
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._use_timesteps(np.arange(num_train_timesteps)[::-1].copy(), device=None)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; the `solver_order` of another scheduler's file is not taken over, only one that is given."""
+        if config and config.get("_class_name", cls.__name__) != cls.__name__:
+            config = {name: value for name, value in config.items() if name != "solver_order"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _build_tables(self, betas: torch.Tensor) -> None:
         """Build the tables of β, α, ᾱ and log ᾱ from β_1 … β_T in float64."""
@@ -287,11 +302,18 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._use_timesteps(chosen, device)
 
     def _use_timesteps(self, chosen: np.ndarray, device: str | torch.device | None) -> None:
-        self.timesteps = torch.from_numpy(chosen.copy()).to(device)
+        self._chosen = torch.from_numpy(chosen.copy())  # stays on the CPU
+        self.timesteps = self._chosen.to(device, copy=True)
         # For every t, the next lower scheduled timestep, or −1 after the last: `step` goes from x_t to x_{previous[t]}.
         ascending = np.concatenate([[-1], chosen[::-1]])
         position = np.searchsorted(ascending, np.arange(self.config.num_train_timesteps)) - 1
         self._previous_table = torch.from_numpy(ascending[position])
+        # For every scheduled t but the first, the scheduled timestep before it; −2 for all others.
+        preceding = np.full(self.config.num_train_timesteps, -2)
+        preceding[chosen[1:]] = chosen[:-1]
+        self._preceding_table = torch.from_numpy(preceding).to(device)
+        self._history: list[torch.Tensor] = []  # x̂_0 of the last steps, the last first
+        self._last_timesteps = self._known = torch.empty(0)  # t of the last step, and how many before it led there
         self._step_tables: dict[Any, torch.Tensor] = {}
         # The usual one now, so that `step` need not bring it to the device.
         self._step_table(1.0, torch.empty(0, 0, 0, 0, dtype=torch.float32, device=self.timesteps.device))
@@ -734,8 +756,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _step_table(self, eta: float, like: torch.Tensor) -> torch.Tensor:
         """All that `step` multiplies with, for every t and its next timestep: (columns, T, 1, ..., 1).
 
-        For x̂_0 the coefficients of x_t and of the model's prediction (R5); for x_s those of x̂_0 and of x_t (R4, R7); σ.
-        Where the model's output decides on σ: 1 and at the last step 0, and the range of log σ² for "learned_range".
+        For x̂_0 the coefficients of x_t and of the model's prediction (R5); for x_s those of x̂_0 and of x_t (R4, R7); σ;
+        for a higher order those of earlier x̂_0 (S3). Where the model's output decides on σ it is 1, and 0 at the last
+        step, and the last two are the range of log σ² of "learned_range".
         """
         key = (eta, like.device, like.dtype, like.ndim)
         table = self._step_tables.get(key)
@@ -747,9 +770,71 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             learned = self.config.variance_type in ("learned", "learned_range")
             sigma = torch.where(s < 0, 0.0, torch.ones_like(posterior) if learned else (0.5 * ends[0]).exp())
             prediction = self._level_coefficients(f"x_0 from {self.config.prediction_type}")
-            columns = (*prediction, of_original, of_sample, sigma, *(ends if learned else ()))
+            multistep = self._multistep_weights(eta) if self._solver_order > 1 else ()
+            columns = (*prediction, of_original, of_sample, sigma, *(of_original * w for w in multistep))
+            columns += tuple(ends) if learned else ()
             table = self._step_tables[key] = self._rounded(columns, like)
         return table
+
+    def _multistep_weights(self, eta: float) -> tuple[torch.Tensor, ...]:
+        """What earlier x̂_0 weigh in the mean of x̂_0 over a step (S3), float64 (T,) each.
+
+        For order 2 the last one. For order 3 this as well, where no more are known, then the last and the one before.
+        A polynomial in u = λ − λ_t is averaged over the step with the weight e^{(1+η²)u}. The weights are 0 where the
+        schedule has no timesteps before t, and at the end, where the order falls to 1: x_0 is infinitely far.
+        """
+        order = self._solver_order
+        log_snr = 0.5 * (self._log_alphas_cumprod - (-torch.expm1(self._log_alphas_cumprod)).log())  # λ; index t+1
+        k = 1.0 + eta**2
+        t, s = self._chosen, self._previous_table[self._chosen]
+        at = log_snr[t + 1]
+        h, back = log_snr[s + 1] - at, at.diff(prepend=at[:1])  # to the next, and from the one before
+        further = back.roll(1)
+        whole = -torch.expm1(-k * h)
+        first = (h - whole / k) / whole  # the means of u and u²
+        second = (h**2 - 2.0 / k * (h - whole / k)) / whole
+        one = -first / back
+        two = [
+            -(second + (back + further) * first) / (back * further),
+            (second + back * first) / ((back + further) * further),
+        ]
+        place = torch.arange(len(t), device="cpu")
+        left = len(t) - place  # steps to go, this one among them
+        usable = (place >= 2) & (left >= 3) & further.isfinite()
+        one = torch.where((place >= 1) & (left >= 2), one, 0.0)
+        two = [torch.where(usable, two[0], one), torch.where(usable, two[1], 0.0)]
+        weights = [one] if order == 2 else [one, *two]
+        return tuple(torch.zeros(len(self), dtype=w.dtype, device=w.device).index_copy(0, t, w) for w in weights)
+
+    def _terms(
+        self,
+        timestep: int | torch.Tensor,
+        original_sample: torch.Tensor,
+        of_original: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Coefficients and x̂_0 whose products add up to the x̂_0 part of x_s: of this step and the last ones (S3).
+
+        A step takes up the last ones only if they were those of the scheduled timesteps before t; for each sample, and
+        without looking at a value, which would wait for the device.
+        """
+        t, history = self._as_index(timestep, original_sample), self._history
+        if self._preceding_table.device != t.device:
+            self._preceding_table = self._preceding_table.to(t.device)
+        if history and history[0].shape == original_sample.shape and history[0].device == original_sample.device:
+            known = torch.where(self._preceding_table.index_select(0, t) == self._last_timesteps, self._known + 1, 0)
+        else:
+            history, known = [], torch.zeros_like(t)
+        self._history = [original_sample, *history][: self._solver_order - 1]
+        self._last_timesteps, self._known = t, known
+        known = self._per_sample(known, original_sample)
+        used = [torch.where(known >= 1, weights[0], 0.0)]
+        if len(weights) == 3:
+            used = [torch.where(known >= 2, weights[1], used[0]), torch.where(known >= 2, weights[2], 0.0)]
+        terms = list(zip(used, history, strict=False))
+        for weight, _ in terms:
+            of_original = of_original - weight
+        return [(of_original, original_sample), *terms]
 
     def step(
         self,
@@ -764,7 +849,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> CustomDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step of the reverse process (S1): x_t -> x_s, where s is the next timestep of the schedule.
 
-        x_s is the posterior mean (R4, R7) with x̂_0 from the model (R5), plus σ z. The step to x_0 adds no noise.
+        x_s is the posterior mean (R4, R7) with x̂_0 from the model (R5, S3), plus σ z. The step to x_0 adds no noise.
 
         Args:
             model_output: (B, C, ...), or (B, 2C, ...) for a learned variance.
@@ -774,8 +859,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             variance_noise: z, instead of drawing it from `generator`.
             return_dict: whether to return a `CustomDDPMSchedulerOutput` rather than a tuple.
             eta: in [0, 1]; 1 is DDPM (ancestral), 0 is DDIM (deterministic except for variance_type "analytic"). Where
-                x̂_0 is clipped, ε̂ is recomputed from it, so that R4 and R7 hold; diffusers' `DDIMScheduler` keeps the
-                model's ε̂ unless it is given `use_clipped_model_output=True`.
+                x̂_0 is clipped, ε̂ is recomputed from it (`use_clipped_model_output=True` of diffusers' DDIM).
 
         Returns:
             `CustomDDPMSchedulerOutput`, or (prev_sample, pred_original_sample); shape and dtype of `sample`.
@@ -786,28 +870,29 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         _require_floating_point(sample.dtype)
         prediction, predicted_variance = self.split_model_output(model_output, sample)
         row = self._look_up(self._step_table(eta, sample), timestep)
-        x_of_sample, x_of_output, of_original, of_sample, sigma, *log_variance_range = row
+        x_of_sample, x_of_output, of_original, of_sample, sigma, *others = row
         dtype, working = sample.dtype, _working_dtype(sample.dtype)
         x_t = _as(working, sample)
         if self.config.prediction_type == "sample":
             original_sample = self._limit(_as(dtype, prediction))
         else:
-            x_0 = self._mix(dtype, x_of_sample, x_t, x_of_output, prediction)
-            original_sample = self._limit(x_0, in_place=True)
+            original_sample = self._limit(self._mix(dtype, x_of_sample, x_t, x_of_output, prediction), in_place=True)
         if predicted_variance is not None:
-            log_variance = self._log_variance(predicted_variance, eta, *log_variance_range)
+            log_variance = self._log_variance(predicted_variance, eta, *others[-2:])
             sigma = sigma * _as(working, (0.5 * log_variance).exp())
 
-        # x_s is summed up in the memory of the noise.
-        if self.config.variance_type == "zero" or (eta == 0 and self.config.variance_type != "analytic"):
-            x_s = torch.mul(_as(working, original_sample), of_original)
-        elif variance_noise is None:
-            x_s = _as(working, _draw(sample, generator)).mul_(sigma)
-            x_s.addcmul_(_as(working, original_sample), of_original)
+        terms = [(of_original, original_sample)]
+        if self._solver_order > 1:
+            terms = self._terms(timestep, original_sample, of_original, others[: 2 * self._solver_order - 3])
+        terms.append((of_sample, x_t))
+        if self.config.variance_type != "zero" and (eta > 0 or self.config.variance_type == "analytic"):
+            z = _draw(sample, generator) if variance_noise is None else variance_noise.clone()
+            x_s = _as(working, z).mul_(sigma)  # summed up in the memory of the noise
         else:
-            x_s = torch.mul(_as(working, variance_noise), sigma)
-            x_s.addcmul_(_as(working, original_sample), of_original)
-        prev_sample = _as(dtype, x_s.addcmul_(x_t, of_sample))
+            x_s = torch.mul(*terms.pop(0))
+        for coefficient, x in terms:
+            x_s.addcmul_(_as(working, x), coefficient)
+        prev_sample = _as(dtype, x_s)
         if not return_dict:
             return prev_sample, original_sample
         return CustomDDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original_sample)
