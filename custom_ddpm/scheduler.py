@@ -22,7 +22,7 @@ if __name__.startswith("diffusers_modules."):
     # schedules of the model loaded before.
     sys.modules.pop(f"{__package__}.schedules", None)
 
-from .schedules import log_alphas_cumprod, make_betas, rescale_zero_terminal_snr
+from .schedules import log_alphas_cumprod, make_betas, optimal_timesteps, rescale_zero_terminal_snr
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = (
@@ -110,18 +110,13 @@ def _make_betas(config: Any) -> torch.Tensor:
     return betas
 
 
-def _make_original_sample_variances(config: Any) -> torch.Tensor:
-    """`original_sample_variances` in float64, of shape (T,); empty if None, checked if they are used."""
-    variances = torch.as_tensor(
-        [] if config.original_sample_variances is None else config.original_sample_variances, dtype=torch.float64
-    )
+def _make_errors(name: str, user: str, config: Any, needed: bool) -> torch.Tensor:
+    """`original_sample_variances` or `prediction_errors` in float64, (T,); empty if None, checked if they are used."""
+    values = torch.as_tensor([] if config[name] is None else config[name], dtype=torch.float64)
     T = config.num_train_timesteps
-    if config.variance_type == "analytic" and (variances.shape != (T,) or not (variances >= 0).all()):
-        raise ValueError(
-            f"variance_type 'analytic' needs original_sample_variances: {T} numbers >= 0, one per timestep; "
-            f"got {len(variances)}"
-        )
-    return variances
+    if needed and (values.shape != (T,) or not (values >= 0).all()):
+        raise ValueError(f"{user} {name}: {T} numbers >= 0, one per timestep; got {len(values)}")
+    return values
 
 
 class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -160,6 +155,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             `likelihood.estimate_original_sample_variances`.
         solver_order: 1: a step takes x̂_0 as constant (R4, R7). 2 or 3: a polynomial through the last 2 or 3 x̂_0 of the
             run, in log-SNR (S3); for η = 0, η = 1 and between. The first steps, and the last ones, have a lower order.
+        prediction_errors: T numbers E|x_0 − x̂_0(x_t)|² per pixel, from `likelihood.estimate_original_sample_variances`:
+            any number of steps is then where the steps leave out least (S4), instead of by `timestep_spacing`.
 
     Attributes:
         betas, alphas, alphas_cumprod: float32 (T,) on the CPU: β_t, α_t = 1−β_t, ᾱ_t.
@@ -194,6 +191,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         rescale_betas_zero_snr: bool = False,
         original_sample_variances: list[float] | None = None,
         solver_order: int = 1,
+        prediction_errors: list[float] | None = None,
     ):
         if variance_type is None:
             self.register_to_config(variance_type="fixed_small")
@@ -201,13 +199,17 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         with torch.device("cpu"):  # whatever the default device is
             betas = _make_betas(self.config)
             self._build_tables(rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas)
-            self._original_sample_variances = _make_original_sample_variances(self.config)
+            self._original_sample_variances = _make_errors(
+                "original_sample_variances", "variance_type 'analytic' needs", self.config, variance_type == "analytic"
+            )
+            _make_errors("prediction_errors", "the timesteps need", self.config, prediction_errors is not None)
         if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
             self.register_to_config(trained_betas=betas.tolist())
         # Other schedulers have other defaults (β_T = 0.012, for example): their `from_config` must receive our values.
         defaults = self.config.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[])
         own = {"original_sample_variances": original_sample_variances is None, "solver_order": solver_order == 1}
+        own["prediction_errors"] = prediction_errors is None
         left_out = {name for name, is_default in own.items() if is_default}
         if left_out:
             # Other schedulers warn of arguments that they do not know, or have another default for them (multistep
@@ -262,7 +264,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Set the timesteps of the reverse process.
 
         Args:
-            num_inference_steps: number of steps, 1 … T, spaced by `timestep_spacing`.
+            num_inference_steps: number of steps, 1 … T, by `prediction_errors` or `timestep_spacing`.
             device: device of `self.timesteps`.
             timesteps: custom timesteps, strictly descending, each in [0, T); instead of `num_inference_steps`.
 
@@ -278,20 +280,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if chosen.size == 0 or not (np.diff(chosen) < 0).all():
                 raise ValueError("`timesteps` must be in descending order, with at least one.")
         else:
-            n, spacing = num_inference_steps, self.config.timestep_spacing
-            if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= T:
-                raise ValueError(
-                    f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, the number of "
-                    "timesteps that the model was trained with, and an integer."
-                )
-            step = np.arange(int(n))
-            if spacing == "linspace":
-                chosen = np.round(np.linspace(0, T - 1, n))[::-1].astype(np.int64)
-            elif spacing == "leading" and not self.config.rescale_betas_zero_snr:
-                # Not step · (T // n): 501 of 1000 steps would then start from pure noise at t = 500.
-                chosen = (step * T // n)[::-1] + self.config.steps_offset
-            else:
-                chosen = np.round((n - step) * T / n).astype(np.int64) - 1
+            chosen = self._spaced(num_inference_steps)
         if chosen[0] >= T or chosen[-1] < 0:
             raise ValueError(
                 f"`timesteps` must lie in [0, {T}), num_train_timesteps; they run from {chosen[0]} to {chosen[-1]}"
@@ -300,6 +289,24 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.num_inference_steps = len(chosen)
         self.custom_timesteps = timesteps is not None
         self._use_timesteps(chosen, device)
+
+    def _spaced(self, num_inference_steps: int) -> np.ndarray:
+        """A number of timesteps, by `prediction_errors` if they are there, otherwise by `timestep_spacing`."""
+        T, n, spacing = self.config.num_train_timesteps, num_inference_steps, self.config.timestep_spacing
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= T:
+            raise ValueError(
+                f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, the number of "
+                "timesteps that the model was trained with, and an integer."
+            )
+        step = np.arange(int(n))
+        if self.config.get("prediction_errors") is not None:
+            return optimal_timesteps(self._log_alphas_cumprod[1:], self.config.prediction_errors, int(n))
+        if spacing == "linspace":
+            return np.round(np.linspace(0, T - 1, n))[::-1].astype(np.int64)
+        if spacing == "leading" and not self.config.rescale_betas_zero_snr:
+            # Not step · (T // n): 501 of 1000 steps would then start from pure noise at t = 500.
+            return (step * T // n)[::-1] + self.config.steps_offset
+        return np.round((n - step) * T / n).astype(np.int64) - 1
 
     def _use_timesteps(self, chosen: np.ndarray, device: str | torch.device | None) -> None:
         self._chosen = torch.from_numpy(chosen.copy())  # stays on the CPU

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import erf
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,13 @@ from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler
 from custom_ddpm.data import normalise
 from custom_ddpm.messages import one_line
 from custom_ddpm.objective import diffusion_loss, simple_loss, training_target
-from custom_ddpm.schedules import log_alphas_cumprod, make_betas, resample_betas, rescale_zero_terminal_snr
+from custom_ddpm.schedules import (
+    log_alphas_cumprod,
+    make_betas,
+    optimal_timesteps,
+    resample_betas,
+    rescale_zero_terminal_snr,
+)
 from custom_ddpm.training.loop import training_steps
 from custom_ddpm.training.randomness import draw
 
@@ -238,6 +244,21 @@ def S3_by_hand(v: Any) -> Values:
         x = sqrt((1 - alpha_bar(s)) / (1 - alpha_bar(t))) * x + sqrt(alpha_bar(s)) * (1 - exp(-h)) * average
         xs.append(x)
     return {"xs": xs}
+
+
+def S4_by_hand(v: Any) -> Values:
+    """All choices of four timesteps, with the first at the end, by their cost."""
+    bars = np.cumprod(1 - v.betas)
+    signal_to_noise = np.append(np.sqrt(bars / (1 - bars)), np.inf)  # e^λ; the last is the picture
+    errors = np.append(0.25 * (1 - bars) / (0.25 * bars + 1 - bars), 0.0)
+
+    def cost(path: tuple) -> float:
+        return sum(
+            (1 - signal_to_noise[t] / signal_to_noise[s]) ** 2 * (errors[t] - errors[s]) for t, s in pairwise(path)
+        )
+
+    best = min(((19, *reversed(rest), -1) for rest in combinations(range(19), 3)), key=cost)
+    return {"best": list(best[:-1])}
 
 
 FORMULAS: dict[str, Formula] = {
@@ -623,6 +644,20 @@ for time, original in zip(third.timesteps, told):
 show(*xs)
 """,
         S3_by_hand,
+        any_t=False,
+    ),
+    "S4": Formula(
+        (optimal_timesteps,),
+        """
+from custom_ddpm.schedules import log_alphas_cumprod, optimal_timesteps, resample_betas
+
+betas = resample_betas(scheduler.betas.double(), 20)  # the same schedule in 20 steps
+bars = log_alphas_cumprod(betas).exp()
+errors = 0.25 * (1 - bars) / (0.25 * bars + 1 - bars)  # of the best network, for pictures of variance 0.25
+best = torch.tensor(optimal_timesteps(bars.log(), errors.tolist(), 4))
+show(*best)
+""",
+        S4_by_hand,
         any_t=False,
     ),
 }

@@ -22,7 +22,7 @@ from custom_ddpm.training import randomness
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("derivation.md", "derivation.zh.md")
 NOTEBOOKS = ("derivation.ipynb", "derivation.zh.ipynb")
-NUMBERS = [*(f"F{i}" for i in range(1, 10)), *(f"R{i}" for i in range(1, 8)), "T1", "T2", "S1", "S2", "S3"]
+NUMBERS = [*(f"F{i}" for i in range(1, 10)), *(f"R{i}" for i in range(1, 8)), "T1", "T2", "S1", "S2", "S3", "S4"]
 
 
 @pytest.fixture(scope="module")
