@@ -5,10 +5,11 @@ first step, where ᾱ = 1 and the sample is x_0. This file imports only `schedul
 saved in every model repository.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +80,34 @@ def _draw(like: torch.Tensor, generator: Any) -> torch.Tensor:
     if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == like.device.type):
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+class Setting(NamedTuple):
+    """How a number of steps is made; see `tuned` of `CustomDDPMScheduler`."""
+
+    solver_order: int
+    eta: float
+    spacing: str
+
+
+def _parse_tuned(tuned: Sequence[str], has_errors: bool) -> dict[int, Setting]:
+    """The entries of `tuned` by their number of steps, checked."""
+    settings = {}
+    for entry in tuned:
+        try:
+            steps, order, eta, spacing = entry.split()
+            settings[int(steps)] = setting = Setting(int(order), float(eta), spacing)
+            spacings = (*TIMESTEP_SPACINGS, "optimal") if has_errors else TIMESTEP_SPACINGS
+            valid = (
+                int(steps) > 0 and setting.solver_order in (1, 2, 3) and 0 <= setting.eta <= 1 and spacing in spacings
+            )
+        except (ValueError, AttributeError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"tuned has {entry!r}; an entry is STEPS SOLVER_ORDER ETA SPACING, such as '10 2 0 trailing'"
+            )
+    return settings
 
 
 def _check_arguments(config: Any) -> None:
@@ -157,6 +186,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             run, in log-SNR (S3); for η = 0, η = 1 and between. The first steps, and the last ones, have a lower order.
         prediction_errors: T numbers E|x_0 − x̂_0(x_t)|² per pixel, from `likelihood.estimate_original_sample_variances`:
             any number of steps is then where the steps leave out least (S4), instead of by `timestep_spacing`.
+        tuned: what was best for a number of steps, as measured by `custom-ddpm tune`: "STEPS SOLVER_ORDER ETA SPACING",
+            such as "10 2 0 optimal"; SPACING is "optimal", by `prediction_errors`, or one of `timestep_spacing`.
+            `set_timesteps` takes the nearest, `step` its η; all T steps are Algorithm 2 as it stands.
 
     Attributes:
         betas, alphas, alphas_cumprod: float32 (T,) on the CPU: β_t, α_t = 1−β_t, ᾱ_t.
@@ -192,6 +224,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         original_sample_variances: list[float] | None = None,
         solver_order: int = 1,
         prediction_errors: list[float] | None = None,
+        tuned: list[str] | None = None,
     ):
         if variance_type is None:
             self.register_to_config(variance_type="fixed_small")
@@ -209,7 +242,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         defaults = self.config.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[])
         own = {"original_sample_variances": original_sample_variances is None, "solver_order": solver_order == 1}
-        own["prediction_errors"] = prediction_errors is None
+        own |= {"prediction_errors": prediction_errors is None, "tuned": tuned is None}
         left_out = {name for name, is_default in own.items() if is_default}
         if left_out:
             # Other schedulers warn of arguments that they do not know, or have another default for them (multistep
@@ -220,7 +253,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 {name: value for name, value in self.config.items() if name not in left_out}
             )
 
-        self._solver_order = solver_order  # not always in the configuration
+        self._solver_order = self._given_order = solver_order  # not always in the configuration
+        self._eta = 1.0  # of `step` where none is given
+        self._tuned = _parse_tuned(tuned or (), prediction_errors is not None)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
@@ -264,7 +299,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Set the timesteps of the reverse process.
 
         Args:
-            num_inference_steps: number of steps, 1 … T, by `prediction_errors` or `timestep_spacing`.
+            num_inference_steps: number of steps, 1 … T, by `tuned`, `prediction_errors` or `timestep_spacing`.
             device: device of `self.timesteps`.
             timesteps: custom timesteps, strictly descending, each in [0, T); instead of `num_inference_steps`.
 
@@ -275,12 +310,13 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Can only pass one of `num_inference_steps` or `timesteps`, and one is needed.")
         chosen: np.ndarray
+        setting = self._setting(num_inference_steps)
         if num_inference_steps is None:
             chosen = np.asarray(timesteps, dtype=np.int64)
             if chosen.size == 0 or not (np.diff(chosen) < 0).all():
                 raise ValueError("`timesteps` must be in descending order, with at least one.")
         else:
-            chosen = self._spaced(num_inference_steps)
+            chosen = self._spaced(num_inference_steps, setting.spacing)
         if chosen[0] >= T or chosen[-1] < 0:
             raise ValueError(
                 f"`timesteps` must lie in [0, {T}), num_train_timesteps; they run from {chosen[0]} to {chosen[-1]}"
@@ -288,18 +324,35 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         self.num_inference_steps = len(chosen)
         self.custom_timesteps = timesteps is not None
+        self._solver_order, self._eta = setting.solver_order, setting.eta
         self._use_timesteps(chosen, device)
 
-    def _spaced(self, num_inference_steps: int) -> np.ndarray:
-        """A number of timesteps, by `prediction_errors` if they are there, otherwise by `timestep_spacing`."""
-        T, n, spacing = self.config.num_train_timesteps, num_inference_steps, self.config.timestep_spacing
+    def _setting(self, num_inference_steps: int | None) -> Setting:
+        """Order, η and spacing for a number of steps: the nearest of `tuned`, or those of the configuration."""
+        spacing = self.config.timestep_spacing if self.config.get("prediction_errors") is None else "optimal"
+        if not self._tuned or num_inference_steps is None or num_inference_steps < 1:
+            return Setting(self._given_order, 1.0, spacing)
+        if num_inference_steps == self.config.num_train_timesteps:
+            return Setting(1, 1.0, self.config.timestep_spacing)  # Algorithm 2
+        return self._tuned[min(self._tuned, key=lambda n: abs(math.log(n / num_inference_steps)))]
+
+    def tuned_for(self, num_inference_steps: int | None) -> str | None:
+        """In words, what `tuned` has for a number of steps; None where the configuration alone decides."""
+        if not self._tuned or num_inference_steps in (None, self.config.num_train_timesteps):
+            return None
+        order, eta, spacing = self._setting(num_inference_steps)
+        return f"steps of order {order}, eta {eta:g}, {spacing} timesteps, as tuned for this model"
+
+    def _spaced(self, num_inference_steps: int, spacing: str) -> np.ndarray:
+        """A number of timesteps by a spacing: "optimal", by `prediction_errors`, or one of `timestep_spacing`."""
+        T, n = self.config.num_train_timesteps, num_inference_steps
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= T:
             raise ValueError(
                 f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, the number of "
                 "timesteps that the model was trained with, and an integer."
             )
         step = np.arange(int(n))
-        if self.config.get("prediction_errors") is not None:
+        if spacing == "optimal":
             return optimal_timesteps(self._log_alphas_cumprod[1:], self.config.prediction_errors, int(n))
         if spacing == "linspace":
             return np.round(np.linspace(0, T - 1, n))[::-1].astype(np.int64)
@@ -323,7 +376,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._last_timesteps = self._known = torch.empty(0)  # t of the last step, and how many before it led there
         self._step_tables: dict[Any, torch.Tensor] = {}
         # The usual one now, so that `step` need not bring it to the device.
-        self._step_table(1.0, torch.empty(0, 0, 0, 0, dtype=torch.float32, device=self.timesteps.device))
+        self._step_table(self._eta, torch.empty(0, 0, 0, 0, dtype=torch.float32, device=self.timesteps.device))
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """The timestep that `step` goes to from `timestep`; −1 is x_0.
@@ -852,7 +905,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
         *,
-        eta: float = 1.0,
+        eta: float | None = None,
     ) -> CustomDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step of the reverse process (S1): x_t -> x_s, where s is the next timestep of the schedule.
 
@@ -865,8 +918,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             generator: random generator for z; with a list of one per image, an image does not depend on its batch.
             variance_noise: z, instead of drawing it from `generator`.
             return_dict: whether to return a `CustomDDPMSchedulerOutput` rather than a tuple.
-            eta: in [0, 1]; 1 is DDPM (ancestral), 0 is DDIM (deterministic except for variance_type "analytic"). Where
-                x̂_0 is clipped, ε̂ is recomputed from it (`use_clipped_model_output=True` of diffusers' DDIM).
+            eta: in [0, 1]; 1 is DDPM (default, unless `tuned` has another), 0 is DDIM (no noise but for "analytic").
+                Where x̂_0 is clipped, ε̂ is recomputed from it (`use_clipped_model_output=True` of diffusers' DDIM).
 
         Returns:
             `CustomDDPMSchedulerOutput`, or (prev_sample, pred_original_sample); shape and dtype of `sample`.
@@ -875,6 +928,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: the shape of `model_output` does not match `sample` and `variance_type`.
         """
         _require_floating_point(sample.dtype)
+        eta = self._eta if eta is None else eta
         prediction, predicted_variance = self.split_model_output(model_output, sample)
         row = self._look_up(self._step_table(eta, sample), timestep)
         x_of_sample, x_of_output, of_original, of_sample, sigma, *others = row
@@ -887,13 +941,12 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if predicted_variance is not None:
             log_variance = self._log_variance(predicted_variance, eta, *others[-2:])
             sigma = sigma * _as(working, (0.5 * log_variance).exp())
-
         terms = [(of_original, original_sample)]
         if self._solver_order > 1:
             terms = self._terms(timestep, original_sample, of_original, others[: 2 * self._solver_order - 3])
         terms.append((of_sample, x_t))
         if self.config.variance_type != "zero" and (eta > 0 or self.config.variance_type == "analytic"):
-            z = _draw(sample, generator) if variance_noise is None else variance_noise.clone()
+            z = _draw(sample, generator) if variance_noise is None else variance_noise.expand(sample.shape).clone()
             x_s = _as(working, z).mul_(sigma)  # summed up in the memory of the noise
         else:
             x_s = torch.mul(*terms.pop(0))
