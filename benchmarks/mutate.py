@@ -32,8 +32,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "schedules": ("test_schedules.py",),
-    "scheduler": ("test_scheduler.py", "test_exact_world.py"),
+    "schedules": ("test_schedules.py", "test_timesteps.py"),
+    "scheduler": (
+        "test_scheduler.py",
+        "test_scheduler_step.py",
+        "test_multistep.py",
+        "test_timesteps.py",
+        "test_exact_world.py",
+    ),
     "likelihood": ("test_likelihood.py",),
     "objective": ("test_objective.py",),
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .evaluation.commands import add_commands
 from .evaluation.report_command import add_report
+from .evaluation.tune import add_tune
 from .messages import one_line, shown
 from .sample_command import add_sample_flags, sample
 
@@ -75,41 +76,23 @@ def verify(args: argparse.Namespace) -> None:
 
 def analytic_variance(args: argparse.Namespace) -> None:
     """Estimate the optimal variances of the reverse steps from the training data, and save them with the model."""
-    import torch
     from accelerate import PartialState
 
-    from .data.pixels import normalise
     from .evaluation.records import CONFIG_FILE
+    from .evaluation.tune import measure_errors
     from .flags import parse_config
-    from .likelihood import estimate_original_sample_variances
     from .scheduler import CustomDDPMScheduler
     from .training.parts import open_data
 
     folder = Path(args.folder)
     pipeline = _load(str(folder))
     data, _ = open_data(parse_config(["--config", str(folder / CONFIG_FILE)]), PartialState())
-    images, labels = data.take(args.num_images)
-    device = pipeline.unet.device
-
-    @torch.no_grad()
-    def model(x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> object:
-        return pipeline.unet(x_t, t, **({} if class_labels is None else {"class_labels": class_labels}))
-
-    batches = (
-        (
-            normalise(images[start : start + args.batch_size].to(device)),
-            None if labels is None else labels[start : start + args.batch_size].to(device),
-        )
-        for start in range(0, len(images), args.batch_size)
-    )
-    variances = estimate_original_sample_variances(
-        model, pipeline.scheduler, batches, generator=torch.Generator(device).manual_seed(args.seed)
-    )
+    variances = measure_errors(pipeline, data, args.num_images, args.batch_size, args.seed)
     scheduler = CustomDDPMScheduler.from_config(
         pipeline.scheduler.config, variance_type="analytic", original_sample_variances=variances
     )
     scheduler.save_pretrained(folder / "scheduler")
-    print(f"variance_type 'analytic', from {len(images)} pictures, in {folder / 'scheduler'}")
+    print(f"variance_type 'analytic', from {args.num_images} pictures, in {folder / 'scheduler'}")
 
 
 def diagnose(args: argparse.Namespace) -> None:
@@ -222,6 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_commands(command, commands)
     add_report(command)
+    add_tune(command)
     return parser
 
 

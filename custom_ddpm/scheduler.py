@@ -1,14 +1,15 @@
 """`CustomDDPMScheduler`: the forward process, its posterior and the reverse step.
 
-Formula numbers (F3 … S1) refer to docs/derivation.md. Timesteps run t = 0 … T−1 in code; t = −1 is the state before the
+Formula numbers (F3 … S3) refer to docs/derivation.md. Timesteps run t = 0 … T−1 in code; t = −1 is the state before the
 first step, where ᾱ = 1 and the sample is x_0. This file imports only `schedules.py` from its folder: both files are
 saved in every model repository.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ if __name__.startswith("diffusers_modules."):
     # schedules of the model loaded before.
     sys.modules.pop(f"{__package__}.schedules", None)
 
-from .schedules import log_alphas_cumprod, make_betas, rescale_zero_terminal_snr
+from .schedules import log_alphas_cumprod, make_betas, optimal_timesteps, rescale_zero_terminal_snr
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = (
@@ -64,10 +65,57 @@ def _require_floating_point(dtype: torch.dtype) -> None:
         raise TypeError(f"samples are of dtype {dtype}; they must be floating point")
 
 
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for samples of a dtype: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _as(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype; without a call of torch where it is so already, which is most of the time."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _draw(like: torch.Tensor, generator: Any) -> torch.Tensor:
+    """z ~ N(0, I), of the shape, dtype and device of a tensor."""
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == like.device.type):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+class Setting(NamedTuple):
+    """How a number of steps is made; see `tuned` of `CustomDDPMScheduler`."""
+
+    solver_order: int
+    eta: float
+    spacing: str
+
+
+def _parse_tuned(tuned: Sequence[str], has_errors: bool) -> dict[int, Setting]:
+    """The entries of `tuned` by their number of steps, checked."""
+    settings = {}
+    for entry in tuned:
+        try:
+            steps, order, eta, spacing = entry.split()
+            settings[int(steps)] = setting = Setting(int(order), float(eta), spacing)
+            spacings = (*TIMESTEP_SPACINGS, "optimal") if has_errors else TIMESTEP_SPACINGS
+            valid = (
+                int(steps) > 0 and setting.solver_order in (1, 2, 3) and 0 <= setting.eta <= 1 and spacing in spacings
+            )
+        except (ValueError, AttributeError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"tuned has {entry!r}; an entry is STEPS SOLVER_ORDER ETA SPACING, such as '10 2 0 trailing'"
+            )
+    return settings
+
+
 def _check_arguments(config: Any) -> None:
     _require("variance_type", config.variance_type, VARIANCE_TYPES)
     _require("prediction_type", config.prediction_type, PREDICTION_TYPES)
     _require("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+    if config.solver_order not in (1, 2, 3):
+        raise ValueError(f"solver_order is {config.solver_order}; it must be 1, 2 or 3")
     if config.num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps is {config.num_train_timesteps}; it must be at least 1")
 
@@ -91,26 +139,22 @@ def _make_betas(config: Any) -> torch.Tensor:
     return betas
 
 
-def _make_original_sample_variances(config: Any) -> torch.Tensor:
-    """`original_sample_variances` in float64, of shape (T,); empty if None, checked if they are used."""
-    variances = torch.as_tensor(
-        [] if config.original_sample_variances is None else config.original_sample_variances, dtype=torch.float64
-    )
+def _make_errors(name: str, user: str, config: Any, needed: bool) -> torch.Tensor:
+    """`original_sample_variances` or `prediction_errors` in float64, (T,); empty if None, checked if they are used."""
+    values = torch.as_tensor([] if config[name] is None else config[name], dtype=torch.float64)
     T = config.num_train_timesteps
-    if config.variance_type == "analytic" and (variances.shape != (T,) or not (variances >= 0).all()):
-        raise ValueError(
-            f"variance_type 'analytic' needs original_sample_variances: {T} numbers >= 0, one per timestep; "
-            f"got {len(variances)}"
-        )
-    return variances
+    if needed and (values.shape != (T,) or not (values >= 0).all()):
+        raise ValueError(f"{user} {name}: {T} numbers >= 0, one per timestep; got {len(values)}")
+    return values
 
 
 class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """DDPM scheduler (Ho, Jain, Abbeel 2020, arXiv:2006.11239) with the interface of diffusers' `DDPMScheduler`.
 
     Every coefficient is computed in float64 from log ᾱ and rounded once to the precision of the tensors it multiplies
-    (in float32 on devices without float64, such as MPS). Methods accept timesteps as an int, a 0-d tensor, or one per
-    sample (B,). They never synchronise with the device and do not branch on tensor values.
+    (in float32 on devices without float64, such as MPS). `step` and `add_noise` take them from tables, which are made
+    once for a schedule, a device and a precision. Methods accept timesteps as an int, a 0-d tensor, or one per sample
+    (B,). They never synchronise with the device and do not branch on tensor values.
 
     Args:
         num_train_timesteps: T.
@@ -138,6 +182,13 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         rescale_betas_zero_snr: whether to rescale β so that ᾱ_T = 0 (Lin et al. 2024); not possible with "epsilon".
         original_sample_variances: T numbers E[Var(x_0 | x_t)] per pixel, for variance_type "analytic"; see
             `likelihood.estimate_original_sample_variances`.
+        solver_order: 1: a step takes x̂_0 as constant (R4, R7). 2 or 3: a polynomial through the last 2 or 3 x̂_0 of the
+            run, in log-SNR (S3); for η = 0, η = 1 and between. The first steps, and the last ones, have a lower order.
+        prediction_errors: T numbers E|x_0 − x̂_0(x_t)|² per pixel, from `likelihood.estimate_original_sample_variances`:
+            any number of steps is then where the steps leave out least (S4), instead of by `timestep_spacing`.
+        tuned: what was best for a number of steps, as measured by `custom-ddpm tune`: "STEPS SOLVER_ORDER ETA SPACING",
+            such as "10 2 0 optimal"; SPACING is "optimal", by `prediction_errors`, or one of `timestep_spacing`.
+            `set_timesteps` takes the nearest, `step` its η; all T steps are Algorithm 2 as it stands.
 
     Attributes:
         betas, alphas, alphas_cumprod: float32 (T,) on the CPU: β_t, α_t = 1−β_t, ᾱ_t.
@@ -171,6 +222,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         original_sample_variances: list[float] | None = None,
+        solver_order: int = 1,
+        prediction_errors: list[float] | None = None,
+        tuned: list[str] | None = None,
     ):
         if variance_type is None:
             self.register_to_config(variance_type="fixed_small")
@@ -178,25 +232,41 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         with torch.device("cpu"):  # whatever the default device is
             betas = _make_betas(self.config)
             self._build_tables(rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas)
-            self._original_sample_variances = _make_original_sample_variances(self.config)
+            self._original_sample_variances = _make_errors(
+                "original_sample_variances", "variance_type 'analytic' needs", self.config, variance_type == "analytic"
+            )
+            _make_errors("prediction_errors", "the timesteps need", self.config, prediction_errors is not None)
         if trained_betas is not None or beta_schedule in _SPELLED_OUT_SCHEDULES:
             self.register_to_config(trained_betas=betas.tolist())
         # Other schedulers have other defaults (β_T = 0.012, for example): their `from_config` must receive our values.
         defaults = self.config.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[])
-        if original_sample_variances is None:
-            # Other schedulers warn of arguments that they do not know, so it is in the configuration only when used.
-            left_out = {"original_sample_variances"}
+        own = {"original_sample_variances": original_sample_variances is None, "solver_order": solver_order == 1}
+        own |= {"prediction_errors": prediction_errors is None, "tuned": tuned is None}
+        left_out = {name for name, is_default in own.items() if is_default}
+        if left_out:
+            # Other schedulers warn of arguments that they do not know, or have another default for them (multistep
+            # solvers for solver_order), so these are in the configuration only when used.
             if {*defaults} <= left_out:  # a loaded configuration, which has every value
                 left_out.add("_use_default_values")
             self._internal_dict = FrozenDict(
                 {name: value for name, value in self.config.items() if name not in left_out}
             )
 
+        self._solver_order = self._given_order = solver_order  # not always in the configuration
+        self._eta = 1.0  # of `step` where none is given
+        self._tuned = _parse_tuned(tuned or (), prediction_errors is not None)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._use_timesteps(np.arange(num_train_timesteps)[::-1].copy(), device=None)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; the `solver_order` of another scheduler's file is not taken over, only one that is given."""
+        if config and config.get("_class_name", cls.__name__) != cls.__name__:
+            config = {name: value for name, value in config.items() if name != "solver_order"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _build_tables(self, betas: torch.Tensor) -> None:
         """Build the tables of β, α, ᾱ and log ᾱ from β_1 … β_T in float64."""
@@ -208,6 +278,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 "use 'v_prediction' or 'sample'"
             )
         self._log_table = self._log_alphas_cumprod  # cached copy on the device in use
+        self._level_tables: dict[Any, torch.Tensor] = {}  # and tables by name, device and dtype
         beta_bars = -torch.expm1(self._log_alphas_cumprod[1:3])
         self._smallest_posterior_variance = float(beta_bars[0] / beta_bars[-1] * betas[: len(beta_bars)][-1])
         self.betas = betas.float()
@@ -228,7 +299,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Set the timesteps of the reverse process.
 
         Args:
-            num_inference_steps: number of steps, 1 … T, spaced by `timestep_spacing`.
+            num_inference_steps: number of steps, 1 … T, by `tuned`, `prediction_errors` or `timestep_spacing`.
             device: device of `self.timesteps`.
             timesteps: custom timesteps, strictly descending, each in [0, T); instead of `num_inference_steps`.
 
@@ -239,25 +310,13 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Can only pass one of `num_inference_steps` or `timesteps`, and one is needed.")
         chosen: np.ndarray
+        setting = self._setting(num_inference_steps)
         if num_inference_steps is None:
             chosen = np.asarray(timesteps, dtype=np.int64)
             if chosen.size == 0 or not (np.diff(chosen) < 0).all():
                 raise ValueError("`timesteps` must be in descending order, with at least one.")
         else:
-            n, spacing = num_inference_steps, self.config.timestep_spacing
-            if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= T:
-                raise ValueError(
-                    f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, the number of "
-                    "timesteps that the model was trained with, and an integer."
-                )
-            step = np.arange(int(n))
-            if spacing == "linspace":
-                chosen = np.round(np.linspace(0, T - 1, n))[::-1].astype(np.int64)
-            elif spacing == "leading" and not self.config.rescale_betas_zero_snr:
-                # Not step · (T // n): 501 of 1000 steps would then start from pure noise at t = 500.
-                chosen = (step * T // n)[::-1] + self.config.steps_offset
-            else:
-                chosen = np.round((n - step) * T / n).astype(np.int64) - 1
+            chosen = self._spaced(num_inference_steps, setting.spacing)
         if chosen[0] >= T or chosen[-1] < 0:
             raise ValueError(
                 f"`timesteps` must lie in [0, {T}), num_train_timesteps; they run from {chosen[0]} to {chosen[-1]}"
@@ -265,14 +324,59 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         self.num_inference_steps = len(chosen)
         self.custom_timesteps = timesteps is not None
+        self._solver_order, self._eta = setting.solver_order, setting.eta
         self._use_timesteps(chosen, device)
 
+    def _setting(self, num_inference_steps: int | None) -> Setting:
+        """Order, η and spacing for a number of steps: the nearest of `tuned`, or those of the configuration."""
+        spacing = self.config.timestep_spacing if self.config.get("prediction_errors") is None else "optimal"
+        if not self._tuned or num_inference_steps is None or num_inference_steps < 1:
+            return Setting(self._given_order, 1.0, spacing)
+        if num_inference_steps == self.config.num_train_timesteps:
+            return Setting(1, 1.0, self.config.timestep_spacing)  # Algorithm 2
+        return self._tuned[min(self._tuned, key=lambda n: abs(math.log(n / num_inference_steps)))]
+
+    def tuned_for(self, num_inference_steps: int | None) -> str | None:
+        """In words, what `tuned` has for a number of steps; None where the configuration alone decides."""
+        if not self._tuned or num_inference_steps in (None, self.config.num_train_timesteps):
+            return None
+        order, eta, spacing = self._setting(num_inference_steps)
+        return f"steps of order {order}, eta {eta:g}, {spacing} timesteps, as tuned for this model"
+
+    def _spaced(self, num_inference_steps: int, spacing: str) -> np.ndarray:
+        """A number of timesteps by a spacing: "optimal", by `prediction_errors`, or one of `timestep_spacing`."""
+        T, n = self.config.num_train_timesteps, num_inference_steps
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= T:
+            raise ValueError(
+                f"`num_inference_steps` is {n}; it must be between 1 and num_train_timesteps, {T}, the number of "
+                "timesteps that the model was trained with, and an integer."
+            )
+        step = np.arange(int(n))
+        if spacing == "optimal":
+            return optimal_timesteps(self._log_alphas_cumprod[1:], self.config.prediction_errors, int(n))
+        if spacing == "linspace":
+            return np.round(np.linspace(0, T - 1, n))[::-1].astype(np.int64)
+        if spacing == "leading" and not self.config.rescale_betas_zero_snr:
+            # Not step · (T // n): 501 of 1000 steps would then start from pure noise at t = 500.
+            return (step * T // n)[::-1] + self.config.steps_offset
+        return np.round((n - step) * T / n).astype(np.int64) - 1
+
     def _use_timesteps(self, chosen: np.ndarray, device: str | torch.device | None) -> None:
-        self.timesteps = torch.from_numpy(chosen.copy()).to(device)
+        self._chosen = torch.from_numpy(chosen.copy())  # stays on the CPU
+        self.timesteps = self._chosen.to(device, copy=True)
         # For every t, the next lower scheduled timestep, or −1 after the last: `step` goes from x_t to x_{previous[t]}.
         ascending = np.concatenate([[-1], chosen[::-1]])
         position = np.searchsorted(ascending, np.arange(self.config.num_train_timesteps)) - 1
-        self._previous_table = torch.from_numpy(ascending[position]).to(device)
+        self._previous_table = torch.from_numpy(ascending[position])
+        # For every scheduled t but the first, the scheduled timestep before it; −2 for all others.
+        preceding = np.full(self.config.num_train_timesteps, -2)
+        preceding[chosen[1:]] = chosen[:-1]
+        self._preceding_table = torch.from_numpy(preceding).to(device)
+        self._history: list[torch.Tensor] = []  # x̂_0 of the last steps, the last first
+        self._last_timesteps = self._known = torch.empty(0)  # t of the last step, and how many before it led there
+        self._step_tables: dict[Any, torch.Tensor] = {}
+        # The usual one now, so that `step` need not bring it to the device.
+        self._step_table(self._eta, torch.empty(0, 0, 0, 0, dtype=torch.float32, device=self.timesteps.device))
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """The timestep that `step` goes to from `timestep`; −1 is x_0.
@@ -284,7 +388,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             An int for an int, a tensor of the same shape for a tensor.
         """
         if isinstance(timestep, torch.Tensor):
-            return self._previous(timestep.reshape(-1)).view_as(timestep)
+            return self._previous_table.to(timestep.device).index_select(0, timestep.reshape(-1)).view_as(timestep)
         return int(self._previous_table[timestep])
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -299,7 +403,12 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return timesteps.to(like.device).reshape(-1)
         return torch.full((1,), int(timesteps), device=like.device)
 
+    @staticmethod
+    def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, *[1] * (like.ndim - 1))
+
     def _log_alpha_bar(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """log ᾱ_t in float64, for the coefficients of any pair (t, s)."""
         if self._log_table.device != like.device:
             dtype = torch.float32 if like.device.type == "mps" else torch.float64
             self._log_table = self._log_alphas_cumprod.to(device=like.device, dtype=dtype)
@@ -307,20 +416,64 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._per_sample(self._log_table.index_select(0, timesteps + 1), like)
 
     @staticmethod
-    def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return values.view(-1, *[1] * (like.ndim - 1))
+    def _rounded(columns: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Columns (T,) in float64 as a table (columns, T, 1, ..., 1) for `_look_up`, rounded to what `like` needs."""
+        table = torch.stack(tuple(columns)).to(_working_dtype(like.dtype)).to(like.device)
+        return table.view(*table.shape, *[1] * (like.ndim - 1))
 
-    def _previous(self, timesteps: torch.Tensor) -> torch.Tensor:
-        if self._previous_table.device != timesteps.device:
-            self._previous_table = self._previous_table.to(timesteps.device)
-        return self._previous_table.index_select(0, timesteps)
+    @staticmethod
+    def _look_up(table: torch.Tensor, timesteps: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The columns of a table at t: (B or 1, 1, ..., 1) each."""
+        if isinstance(timesteps, torch.Tensor):
+            if timesteps.device != table.device:
+                timesteps = timesteps.to(table.device)
+            return table.index_select(1, timesteps.reshape(-1)).unbind(0)
+        t, T = int(timesteps), table.shape[1]
+        if not 0 <= t < T:  # a negative one would count from the end
+            raise IndexError(f"timestep {t} is out of range; it must be in [0, {T})")
+        return table.narrow(1, t, 1).unbind(0)
+
+    def _level_coefficients(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two coefficients of a linear combination at one noise level: float64 (T,) each.
+
+        "x_t": of x_0 and ε (F9). "v": of ε and x_0. "<wanted> from <given>": of x_t and the given prediction.
+        """
+        log = self._log_alphas_cumprod[1:]
+        root, beta_bar = (0.5 * log).exp(), -torch.expm1(log)
+        sigma, zero = beta_bar.sqrt(), torch.zeros_like(log)
+        combinations = {
+            "x_t": (root, sigma),
+            "v": (root, -sigma),
+            "x_0 from sample": (zero, zero + 1.0),
+            "x_0 from epsilon": (1.0 / root, -sigma / root),
+            "x_0 from score": (1.0 / root, beta_bar / root),
+            "x_0 from v_prediction": (root, -sigma),
+            "epsilon from sample": (1.0 / sigma, -root / sigma),
+            "epsilon from score": (zero, -sigma),
+            "epsilon from v_prediction": (sigma, root),
+            "score from epsilon": (zero, -1.0 / sigma),
+        }
+        return combinations[name]
+
+    def _combine(
+        self, name: str, timesteps: int | torch.Tensor, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """a·x + b·y with the coefficients called `name`, in at least float32, returned in `dtype`."""
+        _require_floating_point(dtype)
+        key = (name, x.device, dtype, x.ndim)
+        table = self._level_tables.get(key)
+        if table is None:
+            table = self._level_tables[key] = self._rounded(self._level_coefficients(name), x.to(dtype))
+        a, b = self._look_up(table, timesteps)
+        return self._mix(dtype, a, x, b, y)
 
     @staticmethod
     def _mix(dtype: torch.dtype, a: torch.Tensor, x: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """a·x + b·y in at least float32, returned in `dtype`."""
         _require_floating_point(dtype)
-        working = torch.promote_types(dtype, torch.float32)
-        return torch.addcmul(a.to(working) * x, b.to(working), y.to(working)).to(dtype)
+        working = _working_dtype(dtype)
+        a, x, b, y = (_as(working, each) for each in (a, x, b, y))
+        return _as(dtype, torch.mul(a, x).addcmul_(b, y))
 
     # ---- forward process ----
 
@@ -345,9 +498,11 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             x_t, shape and dtype of `original_samples`.
 
         Raises:
-            IndexError: a timestep is out of range (on CUDA: a device-side assertion).
+            IndexError: a timestep is out of range (RuntimeError for a tensor, on CUDA a device-side assertion).
             TypeError: `original_samples` are not of a floating-point dtype.
         """
+        if isinstance(prev_timesteps, int) and prev_timesteps == -1:
+            return self._combine("x_t", timesteps, original_samples, noise, original_samples.dtype)
         log_t = self._log_alpha_bar(self._as_index(timesteps, original_samples), original_samples)
         log_s = self._log_alpha_bar(self._as_index(prev_timesteps, original_samples), original_samples)
         log_ratio = log_t - log_s
@@ -392,8 +547,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Returns:
             v_t, shape and dtype of `sample`.
         """
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        return self._mix(sample.dtype, (0.5 * log_t).exp(), noise, -(-torch.expm1(log_t)).sqrt(), sample)
+        return self._combine("v", timesteps, noise, sample, sample.dtype)
 
     # ---- conversion between x_0, ε, v and the score ----
 
@@ -423,13 +577,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if prediction_type == "sample":
             _require_floating_point(sample.dtype)
             return model_output.to(sample.dtype)
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        root, beta_bar = (0.5 * log_t).exp(), -torch.expm1(log_t)
-        if prediction_type == "epsilon":
-            return self._mix(sample.dtype, 1.0 / root, sample, -beta_bar.sqrt() / root, model_output)
-        if prediction_type == "score":
-            return self._mix(sample.dtype, 1.0 / root, sample, beta_bar / root, model_output)
-        return self._mix(sample.dtype, root, sample, -beta_bar.sqrt(), model_output)
+        return self._combine(f"x_0 from {prediction_type}", timesteps, sample, model_output, sample.dtype)
 
     def predict_epsilon(
         self,
@@ -444,13 +592,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if prediction_type == "epsilon":
             _require_floating_point(sample.dtype)
             return model_output.to(sample.dtype)
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        root, sigma = (0.5 * log_t).exp(), (-torch.expm1(log_t)).sqrt()
-        if prediction_type == "sample":
-            return self._mix(sample.dtype, 1.0 / sigma, sample, -root / sigma, model_output)
-        if prediction_type == "score":
-            return self._mix(sample.dtype, -sigma, model_output, torch.zeros_like(sigma), sample)
-        return self._mix(sample.dtype, sigma, sample, root, model_output)
+        return self._combine(f"epsilon from {prediction_type}", timesteps, sample, model_output, sample.dtype)
 
     def predict_velocity(
         self,
@@ -477,18 +619,15 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Arguments of `predict_original_sample`.
         """
         epsilon = self.predict_epsilon(model_output, timesteps, sample, prediction_type)
-        log_t = self._log_alpha_bar(self._as_index(timesteps, sample), sample)
-        scale = -1.0 / (-torch.expm1(log_t)).sqrt()
-        return self._mix(sample.dtype, scale, epsilon, torch.zeros_like(scale), sample)
+        return self._combine("score from epsilon", timesteps, sample, epsilon, sample.dtype)
 
     # ---- reverse process ----
 
+    @staticmethod
     def _posterior_coefficients(
-        self, timesteps: torch.Tensor, prev_timesteps: torch.Tensor, like: torch.Tensor, eta: float
+        log_t: torch.Tensor, log_s: torch.Tensor, eta: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Coefficients of q_η(x_s | x_t, x_0): of x_0, of x_t, the variance η²β̃, and β_{t|s} = 1−ᾱ_t/ᾱ_s."""
-        log_t = self._log_alpha_bar(timesteps, like)
-        log_s = self._log_alpha_bar(prev_timesteps, like)
+        """Coefficients of q_η(x_s | x_t, x_0) from log ᾱ_t and log ᾱ_s: of x_0, of x_t, the variance η²β̃; and β."""
         alpha, beta = (log_t - log_s).exp(), -torch.expm1(log_t - log_s)  # R7: α_t -> ᾱ_t/ᾱ_s
         beta_bar_t, beta_bar_s = -torch.expm1(log_t), -torch.expm1(log_s)
 
@@ -529,42 +668,58 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         t = self._as_index(timesteps, sample)
         s = t - 1 if prev_timesteps is None else self._as_index(prev_timesteps, sample)
-        of_original, of_sample, variance, _ = self._posterior_coefficients(t, s, sample, eta)
+        log_t, log_s = self._log_alpha_bar(t, sample), self._log_alpha_bar(s, sample)
+        of_original, of_sample, variance, _ = self._posterior_coefficients(log_t, log_s, eta)
         mean = self._mix(sample.dtype, of_original, original_samples, of_sample, sample)
-        return mean, variance.to(torch.promote_types(sample.dtype, torch.float32))
+        return mean, variance.to(_working_dtype(sample.dtype))
 
-    def _log_variance(
+    def _log_variance_range(
         self,
-        predicted_variance: torch.Tensor | None,
         timesteps: torch.Tensor,
-        last_step: torch.Tensor,
+        prev_timesteps: torch.Tensor,
         of_original: torch.Tensor,
         posterior: torch.Tensor,
-        large: torch.Tensor,
+        beta: torch.Tensor,
         eta: float,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log σ², twice; for "learned_range" the two between which the model interpolates, log η²β̃ and log η²β.
+
+        Args:
+            timesteps, prev_timesteps: t and s, int64 (N,).
+            of_original, posterior, beta: as from `_posterior_coefficients`, (N, ...) with N numbers.
+            eta: in [0, 1].
+        """
         kind = self.config.variance_type
-        if kind == "zero":
-            return torch.full_like(posterior, -torch.inf)
         # The posterior variance of the last step is 0. It is replaced by the smallest non-zero one (Nichol & Dhariwal
         # 2021), so that the last likelihood term is finite. `step` adds no noise there.
-        small = torch.where(last_step, eta**2 * self._smallest_posterior_variance, posterior)
-        if kind in ("fixed_small", "fixed_small_log"):
-            return small.log()
-        if kind in ("fixed_large", "fixed_large_log"):
-            return large.log()
-        if kind == "analytic":
+        is_last = (prev_timesteps < 0).view(posterior.shape[0] if len(prev_timesteps) > 1 else 1, *posterior.shape[1:])
+        small = torch.where(is_last, eta**2 * self._smallest_posterior_variance, posterior).log()
+        large = (eta**2 * beta).log()
+        if kind == "zero":
+            small = large = torch.full_like(posterior, -torch.inf)
+        elif kind in ("fixed_large", "fixed_large_log"):
+            small = large
+        elif kind == "analytic":
             # Law of total variance: the posterior variance, plus the variance of the posterior mean over x_0.
-            self._original_sample_variances = self._original_sample_variances.to(small)
-            of_x0 = self._per_sample(self._original_sample_variances.index_select(0, timesteps), small)
-            return (posterior + of_original**2 * of_x0).clamp(min=_SMALLEST_VARIANCE).log()
-        assert predicted_variance is not None  # guaranteed by `split_model_output`
-        predicted = predicted_variance.to(torch.promote_types(predicted_variance.dtype, torch.float32))
-        if kind == "learned":
+            of_x0 = self._original_sample_variances.to(posterior).index_select(0, timesteps)
+            of_x0 = of_x0.view(-1, *posterior.shape[1:])
+            small = large = (posterior + of_original**2 * of_x0).clamp(min=_SMALLEST_VARIANCE).log()
+        elif kind != "learned_range":
+            large = small
+        return small, large
+
+    def _log_variance(
+        self, predicted_variance: torch.Tensor | None, eta: float, small: torch.Tensor, large: torch.Tensor
+    ) -> torch.Tensor:
+        """log σ² by `variance_type`, from the model's output for it and `_log_variance_range`."""
+        if predicted_variance is None:
+            return small
+        predicted = predicted_variance.to(_working_dtype(predicted_variance.dtype))
+        if self.config.variance_type == "learned":
             # The network output may be negative.
             return (eta**2 * predicted).clamp(min=_SMALLEST_VARIANCE).log()
         weight = (predicted + 1.0) / 2.0
-        return weight * large.log().to(predicted) + (1.0 - weight) * small.log().to(predicted)
+        return weight * large.to(predicted) + (1.0 - weight) * small.to(predicted)
 
     def predict_mean_log_variance(
         self,
@@ -604,11 +759,12 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         original_sample = self.predict_original_sample(prediction, t, sample)
         if limit:
             original_sample = self._limit(original_sample)
-        of_original, of_sample, posterior, beta = self._posterior_coefficients(t, s, sample, eta)
+        log_t, log_s = self._log_alpha_bar(t, sample), self._log_alpha_bar(s, sample)
+        of_original, of_sample, posterior, beta = self._posterior_coefficients(log_t, log_s, eta)
         mean = self._mix(sample.dtype, of_original, original_sample, of_sample, sample)
-        last_step = self._per_sample(s < 0, sample)
-        log_variance = self._log_variance(predicted_variance, t, last_step, of_original, posterior, eta**2 * beta, eta)
-        return mean, log_variance.to(torch.promote_types(sample.dtype, torch.float32)), original_sample
+        small, large = self._log_variance_range(t, s, of_original, posterior, beta, eta)
+        log_variance = self._log_variance(predicted_variance, eta, small, large)
+        return mean, log_variance.to(_working_dtype(sample.dtype)), original_sample
 
     def split_model_output(
         self, model_output: torch.Tensor, sample: torch.Tensor
@@ -640,9 +796,10 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return prediction, predicted_variance
         return model_output, None
 
-    def _limit(self, original_sample: torch.Tensor) -> torch.Tensor:
+    def _limit(self, original_sample: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """x̂_0, clipped or thresholded."""
         if self.config.thresholding:
-            flat = original_sample.flatten(1).to(torch.promote_types(original_sample.dtype, torch.float32))
+            flat = original_sample.flatten(1).to(_working_dtype(original_sample.dtype))
             # The quantile by linear interpolation. torch.quantile is limited to 2**24 numbers.
             ordered, last = flat.abs().sort(dim=1).values, flat.shape[1] - 1
             rank = self.config.dynamic_thresholding_ratio * last
@@ -652,8 +809,92 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             limited = flat.clamp(-bound, bound) / bound
             return limited.view_as(original_sample).to(original_sample.dtype)
         if self.config.clip_sample:
-            return original_sample.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+            bound = self.config.clip_sample_range
+            return original_sample.clamp_(-bound, bound) if in_place else original_sample.clamp(-bound, bound)
         return original_sample
+
+    def _step_table(self, eta: float, like: torch.Tensor) -> torch.Tensor:
+        """All that `step` multiplies with, for every t and its next timestep: (columns, T, 1, ..., 1).
+
+        For x̂_0 the coefficients of x_t and of the model's prediction (R5); for x_s those of x̂_0 and of x_t (R4, R7); σ;
+        for a higher order those of earlier x̂_0 (S3). Where the model's output decides on σ it is 1, and 0 at the last
+        step, and the last two are the range of log σ² of "learned_range".
+        """
+        key = (eta, like.device, like.dtype, like.ndim)
+        table = self._step_tables.get(key)
+        if table is None:
+            t, s = torch.arange(len(self), device="cpu"), self._previous_table
+            log_t, log_s = (self._log_alphas_cumprod[i + 1] for i in (t, s))
+            of_original, of_sample, posterior, beta = self._posterior_coefficients(log_t, log_s, eta)
+            ends = self._log_variance_range(t, s, of_original, posterior, beta, eta)
+            learned = self.config.variance_type in ("learned", "learned_range")
+            sigma = torch.where(s < 0, 0.0, torch.ones_like(posterior) if learned else (0.5 * ends[0]).exp())
+            prediction = self._level_coefficients(f"x_0 from {self.config.prediction_type}")
+            multistep = self._multistep_weights(eta) if self._solver_order > 1 else ()
+            columns = (*prediction, of_original, of_sample, sigma, *(of_original * w for w in multistep))
+            columns += tuple(ends) if learned else ()
+            table = self._step_tables[key] = self._rounded(columns, like)
+        return table
+
+    def _multistep_weights(self, eta: float) -> tuple[torch.Tensor, ...]:
+        """What earlier x̂_0 weigh in the mean of x̂_0 over a step (S3), float64 (T,) each.
+
+        For order 2 the last one. For order 3 this as well, where no more are known, then the last and the one before.
+        A polynomial in u = λ − λ_t is averaged over the step with the weight e^{(1+η²)u}. The weights are 0 where the
+        schedule has no timesteps before t, and at the end, where the order falls to 1: x_0 is infinitely far.
+        """
+        order = self._solver_order
+        log_snr = 0.5 * (self._log_alphas_cumprod - (-torch.expm1(self._log_alphas_cumprod)).log())  # λ; index t+1
+        k = 1.0 + eta**2
+        t, s = self._chosen, self._previous_table[self._chosen]
+        at = log_snr[t + 1]
+        h, back = log_snr[s + 1] - at, at.diff(prepend=at[:1])  # to the next, and from the one before
+        further = back.roll(1)
+        whole = -torch.expm1(-k * h)
+        first = (h - whole / k) / whole  # the means of u and u²
+        second = (h**2 - 2.0 / k * (h - whole / k)) / whole
+        one = -first / back
+        two = [
+            -(second + (back + further) * first) / (back * further),
+            (second + back * first) / ((back + further) * further),
+        ]
+        place = torch.arange(len(t), device="cpu")
+        left = len(t) - place  # steps to go, this one among them
+        usable = (place >= 2) & (left >= 3) & further.isfinite()
+        one = torch.where((place >= 1) & (left >= 2), one, 0.0)
+        two = [torch.where(usable, two[0], one), torch.where(usable, two[1], 0.0)]
+        weights = [one] if order == 2 else [one, *two]
+        return tuple(torch.zeros(len(self), dtype=w.dtype, device=w.device).index_copy(0, t, w) for w in weights)
+
+    def _terms(
+        self,
+        timestep: int | torch.Tensor,
+        original_sample: torch.Tensor,
+        of_original: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Coefficients and x̂_0 whose products add up to the x̂_0 part of x_s: of this step and the last ones (S3).
+
+        A step takes up the last ones only if they were those of the scheduled timesteps before t; for each sample, and
+        without looking at a value, which would wait for the device.
+        """
+        t, history = self._as_index(timestep, original_sample), self._history
+        if self._preceding_table.device != t.device:
+            self._preceding_table = self._preceding_table.to(t.device)
+        if history and history[0].shape == original_sample.shape and history[0].device == original_sample.device:
+            known = torch.where(self._preceding_table.index_select(0, t) == self._last_timesteps, self._known + 1, 0)
+        else:
+            history, known = [], torch.zeros_like(t)
+        self._history = [original_sample, *history][: self._solver_order - 1]
+        self._last_timesteps, self._known = t, known
+        known = self._per_sample(known, original_sample)
+        used = [torch.where(known >= 1, weights[0], 0.0)]
+        if len(weights) == 3:
+            used = [torch.where(known >= 2, weights[1], used[0]), torch.where(known >= 2, weights[2], 0.0)]
+        terms = list(zip(used, history, strict=False))
+        for weight, _ in terms:
+            of_original = of_original - weight
+        return [(of_original, original_sample), *terms]
 
     def step(
         self,
@@ -664,12 +905,11 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
         *,
-        eta: float = 1.0,
+        eta: float | None = None,
     ) -> CustomDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step of the reverse process (S1): x_t -> x_s, where s is the next timestep of the schedule.
 
-        x_s is the posterior mean (R4, R7) with x̂_0 from the model (R5), plus σ z. The step to x_0 adds no noise, for
-        every timestep spacing.
+        x_s is the posterior mean (R4, R7) with x̂_0 from the model (R5, S3), plus σ z. The step to x_0 adds no noise.
 
         Args:
             model_output: (B, C, ...), or (B, 2C, ...) for a learned variance.
@@ -678,9 +918,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             generator: random generator for z; with a list of one per image, an image does not depend on its batch.
             variance_noise: z, instead of drawing it from `generator`.
             return_dict: whether to return a `CustomDDPMSchedulerOutput` rather than a tuple.
-            eta: in [0, 1]; 1 is DDPM (ancestral), 0 is DDIM (deterministic except for variance_type "analytic"). Where
-                x̂_0 is clipped, ε̂ is recomputed from it, so that R4 and R7 hold; diffusers' `DDIMScheduler` keeps the
-                model's ε̂ unless it is given `use_clipped_model_output=True`.
+            eta: in [0, 1]; 1 is DDPM (default, unless `tuned` has another), 0 is DDIM (no noise but for "analytic").
+                Where x̂_0 is clipped, ε̂ is recomputed from it (`use_clipped_model_output=True` of diffusers' DDIM).
 
         Returns:
             `CustomDDPMSchedulerOutput`, or (prev_sample, pred_original_sample); shape and dtype of `sample`.
@@ -688,21 +927,32 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: the shape of `model_output` does not match `sample` and `variance_type`.
         """
-        t = self._as_index(timestep, sample)
-        s = self._previous(t)
-        mean, log_variance, original_sample = self.predict_mean_log_variance(model_output, t, sample, s, eta=eta)
-
-        prev_sample = mean
-        kind = self.config.variance_type
-        if kind != "zero" and (eta > 0 or kind == "analytic"):
-            if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-                )
-            adds_noise = self._per_sample(s >= 0, sample)
-            sigma = torch.where(adds_noise, (0.5 * log_variance).exp(), 0.0)
-            prev_sample = torch.addcmul(mean.to(sigma), sigma, variance_noise.to(sigma)).to(sample.dtype)
-
+        _require_floating_point(sample.dtype)
+        eta = self._eta if eta is None else eta
+        prediction, predicted_variance = self.split_model_output(model_output, sample)
+        row = self._look_up(self._step_table(eta, sample), timestep)
+        x_of_sample, x_of_output, of_original, of_sample, sigma, *others = row
+        dtype, working = sample.dtype, _working_dtype(sample.dtype)
+        x_t = _as(working, sample)
+        if self.config.prediction_type == "sample":
+            original_sample = self._limit(_as(dtype, prediction))
+        else:
+            original_sample = self._limit(self._mix(dtype, x_of_sample, x_t, x_of_output, prediction), in_place=True)
+        if predicted_variance is not None:
+            log_variance = self._log_variance(predicted_variance, eta, *others[-2:])
+            sigma = sigma * _as(working, (0.5 * log_variance).exp())
+        terms = [(of_original, original_sample)]
+        if self._solver_order > 1:
+            terms = self._terms(timestep, original_sample, of_original, others[: 2 * self._solver_order - 3])
+        terms.append((of_sample, x_t))
+        if self.config.variance_type != "zero" and (eta > 0 or self.config.variance_type == "analytic"):
+            z = _draw(sample, generator) if variance_noise is None else variance_noise.expand(sample.shape).clone()
+            x_s = _as(working, z).mul_(sigma)  # summed up in the memory of the noise
+        else:
+            x_s = torch.mul(*terms.pop(0))
+        for coefficient, x in terms:
+            x_s.addcmul_(_as(working, x), coefficient)
+        prev_sample = _as(dtype, x_s)
         if not return_dict:
             return prev_sample, original_sample
         return CustomDDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original_sample)

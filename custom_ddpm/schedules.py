@@ -1,4 +1,4 @@
-"""β schedules (F4), as pure functions in float64.
+"""β schedules (F4) and the choice of timesteps (S4), as pure functions in float64.
 
 A schedule is a vector β_1 … β_T with 0 < β_t < 1; ᾱ, the posterior and the SNR follow from it. There are two families.
 linear, scaled_linear and sigmoid define β between `beta_start` and `beta_end`, so ᾱ_T depends on T. squaredcos_cap_v2,
@@ -9,8 +9,9 @@ This file imports nothing of the package: it is saved beside `scheduler.py` in e
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 
@@ -123,3 +124,39 @@ def resample_betas(betas: torch.Tensor, num_train_timesteps: int) -> torch.Tenso
     left = position.floor().long().clamp(max=len(betas) - 1)
     logs = torch.lerp(logs[left], logs[left + 1], position - left)
     return -torch.expm1(logs.diff())
+
+
+def optimal_timesteps(log_alphas_cumprod: torch.Tensor, errors: Sequence[float], num_steps: int) -> np.ndarray:
+    """The timesteps with the least sum of what their steps leave out (S4), by dynamic programming.
+
+    A step from t to s takes x̂_0 as constant and gives it the share 1 − e^{−h} of the picture in x_s, h = λ_s − λ_t. In
+    the step x̂_0 changes by E_t − E_s in mean square, where E_t is its mean squared error. The cost of the step is
+    (1 − e^{−h})² times that. The search is that of Watson et al. 2021 (arXiv:2106.03802), whose cost is the bound.
+
+    Args:
+        log_alphas_cumprod: log ᾱ, float64 (T,).
+        errors: E|x_0 − x̂_0(x_t)|²/d for every t, as from `likelihood.estimate_original_sample_variances`.
+        num_steps: number of steps, 1 … T.
+
+    Returns:
+        int64 (num_steps,), descending from T−1.
+    """
+    log = np.concatenate([[0.0], log_alphas_cumprod.numpy()])  # index t+1, as in all that follows
+    T = len(log) - 1
+    # x̂_0 is better the less noise there is; where the measurement says otherwise, it is the measurement.
+    error = np.concatenate([[0.0], np.maximum.accumulate(np.asarray(errors, dtype=np.float64))])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_noise_to_signal = np.log(-np.expm1(log)) - log  # −2λ
+        kept = np.exp(0.5 * (log_noise_to_signal[None, :] - log_noise_to_signal[:, None]))  # e^{−h}; row t, column s
+    cost = np.where(np.tri(T + 1, k=-1, dtype=bool), (1.0 - kept) ** 2 * (error[:, None] - error[None, :]), np.inf)
+    best = np.full(T + 1, np.inf)  # the least cost from each timestep to x_0, in so many steps
+    best[0] = 0.0
+    next_steps = []
+    for _ in range(num_steps):
+        total = cost + best
+        next_steps.append(total.argmin(axis=1))
+        best = np.take_along_axis(total, next_steps[-1][:, None], axis=1)[:, 0]
+    path = [T]
+    for chosen in next_steps[:0:-1]:
+        path.append(int(chosen[path[-1]]))
+    return np.array(path) - 1

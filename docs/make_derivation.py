@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations, pairwise
 from math import erf
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,13 @@ from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler
 from custom_ddpm.data import normalise
 from custom_ddpm.messages import one_line
 from custom_ddpm.objective import diffusion_loss, simple_loss, training_target
-from custom_ddpm.schedules import log_alphas_cumprod, make_betas, resample_betas, rescale_zero_terminal_snr
+from custom_ddpm.schedules import (
+    log_alphas_cumprod,
+    make_betas,
+    optimal_timesteps,
+    resample_betas,
+    rescale_zero_terminal_snr,
+)
 from custom_ddpm.training.loop import training_steps
 from custom_ddpm.training.randomness import draw
 
@@ -205,6 +212,53 @@ def zero_snr_by_hand(v: Any) -> Values:
         "alphas_cumprod": root**2,
         "at_the_end": -v.noise,
     }
+
+
+def log_snr(t: int) -> float:
+    """λ_t, the logarithm of √ᾱ/√(1−ᾱ)."""
+    return log(alpha_bar(t) / (1 - alpha_bar(t))) / 2
+
+
+def S2_by_hand(v: Any) -> Values:
+    """A step in λ, with x̂_0 constant in it: for η = 1 and for η = 0."""
+    h = log_snr(v.s) - log_snr(v.t)
+    noise_t, noise_s = sqrt(1 - alpha_bar(v.t)), sqrt(1 - alpha_bar(v.s))
+    means = [
+        noise_s / noise_t * exp(-(k - 1) * h) * v.x_t + sqrt(alpha_bar(v.s)) * (1 - exp(-k * h)) * v.x_0
+        for k in (2.0, 1.0)
+    ]
+    return {"means": means, "variance": noise_s**2 * (1 - exp(-2 * h))}
+
+
+def S3_by_hand(v: Any) -> Values:
+    """The weights as solutions of Σ w_j u_j^i = mean of u^i, with the means by Gauss-Legendre quadrature."""
+    times, x, xs = [900, 700, 500, 300], v.x_t, []
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    for i, (t, s) in enumerate(pairwise(times)):
+        h = log_snr(s) - log_snr(t)
+        u, density = (nodes + 1) * h / 2, weights * exp((nodes - 1) * h / 2)
+        known = range(i, max(-1, i - 3), -1)
+        powers = np.array([[(log_snr(times[j]) - log_snr(t)) ** n for j in known] for n in range(len(known))])
+        means = np.array([(density * u**n).sum() / density.sum() for n in range(len(known))])
+        average = np.linalg.solve(powers, means) @ [v.told[j] for j in known]
+        x = sqrt((1 - alpha_bar(s)) / (1 - alpha_bar(t))) * x + sqrt(alpha_bar(s)) * (1 - exp(-h)) * average
+        xs.append(x)
+    return {"xs": xs}
+
+
+def S4_by_hand(v: Any) -> Values:
+    """All choices of four timesteps, with the first at the end, by their cost."""
+    bars = np.cumprod(1 - v.betas)
+    signal_to_noise = np.append(np.sqrt(bars / (1 - bars)), np.inf)  # e^λ; the last is the picture
+    errors = np.append(0.25 * (1 - bars) / (0.25 * bars + 1 - bars), 0.0)
+
+    def cost(path: tuple) -> float:
+        return sum(
+            (1 - signal_to_noise[t] / signal_to_noise[s]) ** 2 * (errors[t] - errors[s]) for t, s in pairwise(path)
+        )
+
+    best = min(((19, *reversed(rest), -1) for rest in combinations(range(19), 3)), key=cost)
+    return {"best": list(best[:-1])}
 
 
 FORMULAS: dict[str, Formula] = {
@@ -564,6 +618,46 @@ except ValueError as error:
     print(error)
 """,
         zero_snr_by_hand,
+        any_t=False,
+    ),
+    "S2": Formula(
+        (CustomDDPMScheduler.posterior_mean_variance,),
+        """
+s = t // 2
+mean, variance = scheduler.posterior_mean_variance(x_0, x_t, t, s)  # η = 1
+deterministic, _ = scheduler.posterior_mean_variance(x_0, x_t, t, s, eta=0)
+means = [mean, deterministic]
+show(mean, variance, deterministic)
+""",
+        S2_by_hand,
+    ),
+    "S3": Formula(
+        (CustomDDPMScheduler._multistep_weights, CustomDDPMScheduler.step),
+        """
+third = CustomDDPMScheduler(clip_sample=False, prediction_type="sample", solver_order=3)
+third.set_timesteps(timesteps=[900, 700, 500, 300, 100])
+told = [x_0, x_s, noise]  # what a network might say x_0 is at 900, 700 and 500
+x, xs = x_t, []
+for time, original in zip(third.timesteps, told):
+    x = third.step(original, time, x, eta=0.0).prev_sample  # with one, two, three points
+    xs.append(x)
+show(*xs)
+""",
+        S3_by_hand,
+        any_t=False,
+    ),
+    "S4": Formula(
+        (optimal_timesteps,),
+        """
+from custom_ddpm.schedules import log_alphas_cumprod, optimal_timesteps, resample_betas
+
+betas = resample_betas(scheduler.betas.double(), 20)  # the same schedule in 20 steps
+bars = log_alphas_cumprod(betas).exp()
+errors = 0.25 * (1 - bars) / (0.25 * bars + 1 - bars)  # of the best network, for pictures of variance 0.25
+best = torch.tensor(optimal_timesteps(bars.log(), errors.tolist(), 4))
+show(*best)
+""",
+        S4_by_hand,
         any_t=False,
     ),
 }

@@ -33,6 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 logger = logging.get_logger(__name__)
 _STOCK_DDPM = (DDPMScheduler, DDPMParallelScheduler)
+_SAID: set[tuple[int, str]] = set()  # how numbers of steps are made, where that was told of
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # These step from t to t − T // n, whatever their next timestep is.
 _STEP_BY_RATIO = (
@@ -159,6 +160,10 @@ class CustomDDPMPipeline(DiffusionPipeline):
         n = num_inference_steps or call.scheduler.config.num_train_timesteps
         call.scheduler.set_timesteps(n, device=self._execution_device)
         call._num_timesteps = len(call.scheduler.timesteps)
+        tuned = getattr(call.scheduler, "tuned_for", lambda n: None)(n)
+        if tuned is not None and (n, tuned) not in _SAID:
+            _SAID.add((n, tuned))
+            logger.warning(f"{n} {tuned}")
         return call
 
     def _denoise(

@@ -22,7 +22,7 @@ from custom_ddpm.training import randomness
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("derivation.md", "derivation.zh.md")
 NOTEBOOKS = ("derivation.ipynb", "derivation.zh.ipynb")
-NUMBERS = [*(f"F{i}" for i in range(1, 10)), *(f"R{i}" for i in range(1, 8)), "T1", "T2", "S1"]
+NUMBERS = [*(f"F{i}" for i in range(1, 10)), *(f"R{i}" for i in range(1, 8)), "T1", "T2", "S1", "S2", "S3", "S4"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,9 @@ WRONG = {
     "R7": (CustomDDPMScheduler, "posterior_mean_variance"),
     "T1": (objective, "training_target"),
     "T2": (objective, "simple_loss"),
-    "S1": (CustomDDPMScheduler, "predict_mean_log_variance"),
+    "S1": (CustomDDPMScheduler, "_level_coefficients"),
+    "S2": (CustomDDPMScheduler, "posterior_mean_variance"),
+    "S3": (CustomDDPMScheduler, "_multistep_weights"),
     "eta": (CustomDDPMScheduler, "posterior_mean_variance"),
     "learned": (CustomDDPMScheduler, "predict_mean_log_variance"),
     "zero-snr": (CustomDDPMScheduler, "predict_original_sample"),

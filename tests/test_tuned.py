@@ -1,0 +1,128 @@
+"""What a tuned scheduler takes for a number of steps, and what the pipeline says of it."""
+
+import diffusers
+import pytest
+import torch
+from conftest import make_pipeline
+from custom_ddpm.pipelines import pipeline_custom_ddpm
+from test_timesteps import exact_errors
+
+from custom_ddpm.scheduler import CustomDDPMScheduler
+
+ERRORS = exact_errors("linear", [0.2]).tolist()
+TUNED = ["5 3 0 optimal", "10 2 1 trailing", "40 2 0.5 leading"]
+
+
+def make(**kwargs):
+    return CustomDDPMScheduler(**{"clip_sample": False, "prediction_errors": ERRORS, "tuned": TUNED, **kwargs})
+
+
+def images(scheduler, n, **options):
+    """A run with x̂_0 = 0.3 x_t."""
+    scheduler.set_timesteps(n)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        x = scheduler.step(0.3 * x, t, x, generator=generator, **options).prev_sample
+    return x
+
+
+def by_hand(n, order, eta, spacing):
+    errors = ERRORS if spacing == "optimal" else None
+    spacing = "leading" if spacing == "optimal" else spacing
+    plain = make(tuned=None, prediction_errors=errors, solver_order=order, timestep_spacing=spacing)
+    return images(plain, n, eta=eta)
+
+
+@pytest.mark.parametrize(
+    ("n", "how"),
+    [
+        (5, (3, 0.0, "optimal")),
+        (10, (2, 1.0, "trailing")),
+        (40, (2, 0.5, "leading")),
+        (1, (3, 0.0, "optimal")),  # the nearest, in the ratio
+        (7, (3, 0.0, "optimal")),
+        (8, (2, 1.0, "trailing")),
+        (19, (2, 1.0, "trailing")),
+        (21, (2, 0.5, "leading")),
+        (500, (2, 0.5, "leading")),
+    ],
+)
+def test_the_nearest_entry_is_taken(n, how):
+    assert torch.equal(images(make(), n), by_hand(n, *how))
+
+
+def test_an_eta_that_is_given_is_taken():
+    assert torch.equal(images(make(), 10, eta=0.0), by_hand(10, 2, 0.0, "trailing"))
+
+
+def test_all_steps_are_algorithm_2():
+    tuned = make(num_train_timesteps=20, prediction_errors=ERRORS[:20], solver_order=2)
+    plain = CustomDDPMScheduler(20, clip_sample=False)
+    assert torch.equal(images(tuned, 20), images(plain, 20))
+    assert tuned.tuned_for(20) is None and tuned.tuned_for(None) is None
+    assert tuned.tuned_for(10) == "steps of order 2, eta 1, trailing timesteps, as tuned for this model"
+
+
+def test_a_number_of_steps_leaves_nothing_for_the_next():
+    scheduler = make()
+    first = images(scheduler, 10)
+    images(scheduler, 5)
+    assert torch.equal(images(scheduler, 10), first)
+    scheduler.set_timesteps(timesteps=[900, 500, 100])
+    x = torch.ones(1, 2)
+    one = make(tuned=None)
+    one.set_timesteps(timesteps=[900, 500, 100])
+    for t in (900, 500):
+        ours, theirs = (each.step(x, t, x, variance_noise=x).prev_sample for each in (scheduler, one))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "entry", ["10 2 0", "0 2 0 trailing", "10 4 0 trailing", "10 2 2 trailing", "10 2 0 best", "a"]
+)
+def test_entries_that_are_none_are_refused(entry):
+    with pytest.raises(ValueError, match=r"tuned has '.*'; an entry is STEPS SOLVER_ORDER ETA SPACING"):
+        make(tuned=[entry])
+
+
+def test_optimal_timesteps_need_their_table():
+    with pytest.raises(ValueError, match="tuned has '5 3 0 optimal'"):
+        make(prediction_errors=None)
+
+
+def test_a_tuned_model_loads_with_and_without_this_class(tmp_path):
+    pipeline = make_pipeline()
+    steps = len(pipeline.scheduler)
+    pipeline.scheduler = CustomDDPMScheduler.from_config(
+        pipeline.scheduler.config, prediction_errors=ERRORS[:steps], tuned=["5 2 0 optimal"]
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+
+    def draw(each):
+        each.set_progress_bar_config(disable=True)
+        return each(num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="latent").images
+
+    expected = draw(pipeline)
+    torch.testing.assert_close(draw(type(pipeline).from_pretrained(tmp_path)), expected, rtol=1e-4, atol=1e-4)
+    remote = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(remote.scheduler).__module__.startswith("diffusers_modules")
+    torch.testing.assert_close(draw(remote), expected, rtol=1e-4, atol=1e-4)
+    for stock in (diffusers.DDPMScheduler, diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
+        assert stock.from_pretrained(tmp_path, subfolder="scheduler").config.num_train_timesteps == steps
+
+
+def test_the_pipeline_says_once_how_it_steps(monkeypatch):
+    messages = []
+    monkeypatch.setattr(pipeline_custom_ddpm.logger, "warning", messages.append)
+    monkeypatch.setattr(pipeline_custom_ddpm, "_SAID", set())
+    pipeline = make_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    steps = len(pipeline.scheduler)
+    pipeline.scheduler = CustomDDPMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", tuned=["5 2 0 trailing"]
+    )
+    for n in (5, 5, 4, steps):
+        pipeline(num_inference_steps=n)
+    assert messages == [f"{n} steps of order 2, eta 0, trailing timesteps, as tuned for this model" for n in (5, 4)]
