@@ -13,6 +13,7 @@ import numbers
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,35 @@ LOADING_OPTIONS = (
 ).split()
 
 
+@dataclass
+class Trajectory:
+    """The reverse process at K of its steps, from noise to the result, which is the last of them.
+
+    Args:
+        timesteps: float32 (K,): t before each step; −1 of the result.
+        samples: float32 (K, B, C, H, W): x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε for every scheduler, also for those that step
+            with samples of another size.
+        pred_original_samples: float32 (K, B, C, H, W): x̂_0 of the model at x_t (R5), before the scheduler clips it; of
+            the result, the result.
+    """
+
+    timesteps: torch.Tensor
+    samples: torch.Tensor
+    pred_original_samples: torch.Tensor
+
+
+@dataclass
+class CustomDDPMPipelineOutput(ImagePipelineOutput):
+    """Output of the pipeline.
+
+    Args:
+        images: as `output_type` says.
+        trajectory: the states that `return_trajectory` chose; None if it chose none.
+    """
+
+    trajectory: Trajectory | None = None
+
+
 class CustomDDPMPipeline(DiffusionPipeline):
     """Pipeline for image generation with DDPM.
 
@@ -69,6 +99,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
         self._guidance_interval: tuple[float, float] | None = None
+        self._recorded_steps: frozenset[int] = frozenset()
+        self._recorded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         # The keys are strings after loading from JSON.
         self.register_to_config(id2label=id2label and {int(label): str(name) for label, name in id2label.items()})
 
@@ -104,7 +136,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        return_trajectory: bool | int | Sequence[int] = False,
+    ) -> CustomDDPMPipelineOutput | tuple:
         """Generate images (Algorithm 2, S1).
 
         A call steps with its own copy of the scheduler, so it does not depend on other calls, also of other threads.
@@ -127,9 +160,11 @@ class CustomDDPMPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: keys of that dictionary; only "latents" is available.
             guidance_interval: (low, high), fractions of T: guidance only at low ≤ t/T < high (Kynkäänniemi et al. 2024,
                 arXiv:2404.07724), and the model is evaluated once elsewhere; None for all timesteps.
+            return_trajectory: whether to return x_t and x̂_0 before every step; or their number, spread evenly over the
+                steps, with the first and the result; or the steps, from 0, negative ones from the end.
 
         Returns:
-            `ImagePipelineOutput` with `.images`; gray images are of PIL mode "L".
+            `CustomDDPMPipelineOutput` with `.images`, gray ones of PIL mode "L", and `.trajectory` if it was asked for.
 
         Raises:
             ValueError: an argument does not match the model, the scheduler or another argument.
@@ -141,21 +176,27 @@ class CustomDDPMPipeline(DiffusionPipeline):
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
         call = self._begin(guidance_scale, num_inference_steps)
         call._guidance_interval = guidance_interval
+        call._record(return_trajectory)
         call._check_timesteps(latents is None)
         latents = call._prepare_latents(latents, batch_size, generator)
         options = call._step_options(eta, generator)
         latents = call._denoise(latents, labels, options, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._end(call, self._to_output(latents, output_type), return_dict)
+
+    def _end(self, call: "CustomDDPMPipeline", images: Any, return_dict: bool) -> CustomDDPMPipelineOutput | tuple:
+        """The output of a call, with the trajectory that it recorded."""
         for name in ("_guidance_scale", "_num_timesteps", "_interrupt"):
             setattr(self, name, getattr(call, name))
-        images = self._to_output(latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        trajectory = Trajectory(*map(torch.stack, zip(*call._recorded, strict=True))) if call._recorded else None
+        output = CustomDDPMPipelineOutput(images=images, trajectory=trajectory)
+        return output if return_dict else output.to_tuple()
 
     def _begin(self, guidance_scale: float, num_inference_steps: int | None) -> "CustomDDPMPipeline":
         """A shallow copy of the pipeline with the state of one call, so that calls cannot disturb each other."""
         call = copy.copy(self)
         call.scheduler = copy.deepcopy(self.scheduler)
-        call._guidance_scale, call._interrupt = float(guidance_scale), False
+        call._guidance_scale, call._interrupt, call._recorded = float(guidance_scale), False, []
         n = num_inference_steps or call.scheduler.config.num_train_timesteps
         call.scheduler.set_timesteps(n, device=self._execution_device)
         call._num_timesteps = len(call.scheduler.timesteps)
@@ -179,6 +220,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
             if "prev_timestep" in step_options:
                 step_options["prev_timestep"] = None if is_last else timesteps[i + 1]
             model_output = self._predict(latents, t, class_labels)
+            if i in self._recorded_steps:
+                self._recorded.append(self._state(latents, t, model_output))
             try:
                 stepped = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)
             except NotImplementedError as error:
@@ -188,7 +231,42 @@ class CustomDDPMPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 inputs = {"latents": latents} if tensor_inputs else {}
                 latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
+        if self._recorded_steps and not self.interrupt:
+            self._recorded.append((torch.tensor(-1.0, device=latents.device), latents, latents))
         return latents
+
+    # ---- the trajectory ----
+
+    def _record(self, chosen: Any) -> None:
+        """Choose the steps whose states are returned; `chosen` is `return_trajectory`."""
+        n = self._num_timesteps
+        if isinstance(chosen, bool):
+            steps = range(n if chosen else 0)
+        elif isinstance(chosen, numbers.Integral):
+            if chosen < 2:
+                raise ValueError(f"return_trajectory is {chosen}; as a number of states it must be at least 2")
+            steps = np.linspace(0, n, min(int(chosen), n + 1)).round().astype(int).tolist()[:-1]
+        else:
+            steps = list(chosen)
+            wrong = [i for i in steps if not isinstance(i, numbers.Integral) or not -n <= i < n]
+            if wrong:
+                raise ValueError(f"return_trajectory has {wrong[0]!r}; with {n} steps it must be in [{-n}, {n})")
+        self._recorded_steps = frozenset(int(i) % n for i in steps)
+        kind = self.scheduler.config.prediction_type
+        if self._recorded_steps and kind not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"return_trajectory needs a model that predicts ε, x_0 or v, and this predicts {kind!r}")
+
+    def _state(self, latents: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """t, x_t and x̂_0 (R5) before a step; x_t as the model sees it, which is the same for all schedulers."""
+        x_t = self.scheduler.scale_model_input(latents, t).float()
+        prediction, kind = model_output[:, : x_t.shape[1]], self.scheduler.config.prediction_type
+        alpha_bar = self.scheduler.alphas_cumprod.to(x_t.device, torch.float32)[t.round().long().to(x_t.device)]
+        root, sigma = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+        if kind == "sample":
+            x_0 = prediction
+        else:
+            x_0 = (x_t - sigma * prediction) / root if kind == "epsilon" else root * x_t - sigma * prediction
+        return t.float().to(x_t.device), x_t, x_0
 
     def _predict(self, latents: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         """Model output at x_t in float32, with guidance if `guidance_scale` is not 1, as the scheduler takes it."""
