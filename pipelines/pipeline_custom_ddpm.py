@@ -35,6 +35,13 @@ from diffusers.utils.torch_utils import randn_tensor
 logger = logging.get_logger(__name__)
 _STOCK_DDPM = (DDPMScheduler, DDPMParallelScheduler)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# They are saved with every model, beside this file.
+EDITING_FILES = (
+    "pictures.py",
+    "pipeline_custom_ddpm_img2img.py",
+    "pipeline_custom_ddpm_inpaint.py",
+    "pipeline_custom_ddpm_interpolate.py",
+)
 # These step from t to t − T // n, whatever their next timestep is.
 _STEP_BY_RATIO = (
     "DDIMScheduler",
@@ -99,6 +106,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
         self._guidance_interval: tuple[float, float] | None = None
+        self._start = 0  # place of the present call's first step among the scheduler's timesteps
         self._recorded_steps: frozenset[int] = frozenset()
         self._recorded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         # The keys are strings after loading from JSON.
@@ -170,14 +178,12 @@ class CustomDDPMPipeline(DiffusionPipeline):
             ValueError: an argument does not match the model, the scheduler or another argument.
         """
         self._check_arguments(output_type, guidance_scale, num_inference_steps, eta, callback_on_step_end_tensor_inputs)
-        _check_interval(guidance_interval, guidance_scale)
         class_labels, batch_size = _count_images(class_labels, latents, batch_size)
         _check_generator(generator, batch_size)
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
-        call = self._begin(guidance_scale, num_inference_steps)
-        call._guidance_interval = guidance_interval
-        call._record(return_trajectory)
+        call = self._begin(guidance_scale, num_inference_steps, guidance_interval)
         call._check_timesteps(latents is None)
+        call._record(return_trajectory)
         latents = call._prepare_latents(latents, batch_size, generator)
         options = call._step_options(eta, generator)
         latents = call._denoise(latents, labels, options, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -192,14 +198,21 @@ class CustomDDPMPipeline(DiffusionPipeline):
         output = CustomDDPMPipelineOutput(images=images, trajectory=trajectory)
         return output if return_dict else output.to_tuple()
 
-    def _begin(self, guidance_scale: float, num_inference_steps: int | None) -> "CustomDDPMPipeline":
+    def _begin(
+        self,
+        guidance_scale: float,
+        num_inference_steps: int | None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Any:
         """A shallow copy of the pipeline with the state of one call, so that calls cannot disturb each other."""
+        _check_interval(guidance_interval, guidance_scale)
         call = copy.copy(self)
         call.scheduler = copy.deepcopy(self.scheduler)
         call._guidance_scale, call._interrupt, call._recorded = float(guidance_scale), False, []
+        call._guidance_interval = guidance_interval
         n = num_inference_steps or call.scheduler.config.num_train_timesteps
         call.scheduler.set_timesteps(n, device=self._execution_device)
-        call._num_timesteps = len(call.scheduler.timesteps)
+        call._start, call._num_timesteps = 0, len(call.scheduler.timesteps)
         return call
 
     def _denoise(
@@ -212,28 +225,38 @@ class CustomDDPMPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The loop of Algorithm 2, from x_T to x_0; `step_options` are arguments of the scheduler's `step`."""
         class_labels = None if labels is None else torch.tensor(labels, device=latents.device)
-        timesteps = self.scheduler.timesteps
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps[self._start :])):
             if self.interrupt:
                 break
-            is_last = i == len(timesteps) - 1
-            if "prev_timestep" in step_options:
-                step_options["prev_timestep"] = None if is_last else timesteps[i + 1]
-            model_output = self._predict(latents, t, class_labels)
-            if i in self._recorded_steps:
-                self._recorded.append(self._state(latents, t, model_output))
-            try:
-                stepped = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)
-            except NotImplementedError as error:
-                raise ValueError(f"{type(self.scheduler).__name__} cannot step this model: {error}") from error
-            # x̂_0 is the mean of the last step; diffusers' DDPM adds noise to it if that step is not from t = 0.
-            latents = stepped[1 if is_last and isinstance(self.scheduler, _STOCK_DDPM) else 0]
+            latents = self._step(i, t, latents, class_labels, step_options)
             if callback_on_step_end is not None:
                 inputs = {"latents": latents} if tensor_inputs else {}
                 latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
         if self._recorded_steps and not self.interrupt:
             self._recorded.append((torch.tensor(-1.0, device=latents.device), latents, latents))
         return latents
+
+    def _step(
+        self,
+        i: int,
+        t: torch.Tensor,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        step_options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Step i of this call, at timestep t: x_t to x_s."""
+        is_last = i == self._num_timesteps - 1
+        if "prev_timestep" in step_options:
+            step_options["prev_timestep"] = None if is_last else self.scheduler.timesteps[self._start + i + 1]
+        model_output = self._predict(latents, t, class_labels)
+        if i in self._recorded_steps:
+            self._recorded.append(self._state(latents, t, model_output))
+        try:
+            stepped = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)
+        except NotImplementedError as error:
+            raise ValueError(f"{type(self.scheduler).__name__} cannot step this model: {error}") from error
+        # x̂_0 is the mean of the last step; diffusers' DDPM adds noise to it if that step is not from t = 0.
+        return stepped[1 if is_last and isinstance(self.scheduler, _STOCK_DDPM) else 0]
 
     # ---- the trajectory ----
 
@@ -269,20 +292,23 @@ class CustomDDPMPipeline(DiffusionPipeline):
         return t.float().to(x_t.device), x_t, x_0
 
     def _predict(self, latents: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """Model output at x_t in float32, with guidance if `guidance_scale` is not 1, as the scheduler takes it."""
-        model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        """Model output at the scheduler's x_t, as the scheduler takes it."""
+        output = self._evaluate(self.scheduler.scale_model_input(latents, t), t, class_labels)
+        return output if self._takes_learned_variance() else output[:, : self.unet.config.in_channels]
+
+    def _evaluate(self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Model output at x_t in float32, with guidance if `guidance_scale` is not 1."""
+        model_input = x_t.to(self.unet.dtype)
         C = self.unet.config.in_channels  # the channels after these are a learned variance
         if class_labels is None:
-            output = self.unet(model_input, t).sample.float()
-        elif self.guidance_scale == 1.0 or not self._is_guided(t):
-            output = self.unet(model_input, t, class_labels=class_labels).sample.float()
-        else:
-            both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
-            output = self.unet(torch.cat([model_input, model_input]), t, class_labels=both).sample.float()
-            without, with_class = output.chunk(2)
-            guided = without[:, :C] + self.guidance_scale * (with_class[:, :C] - without[:, :C])
-            output = torch.cat([guided, with_class[:, C:]], dim=1)  # the variance is not extrapolated
-        return output if self._takes_learned_variance() else output[:, :C]
+            return self.unet(model_input, t).sample.float()
+        if self.guidance_scale == 1.0 or not self._is_guided(t):
+            return self.unet(model_input, t, class_labels=class_labels).sample.float()
+        both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
+        output = self.unet(torch.cat([model_input, model_input]), t, class_labels=both).sample.float()
+        without, with_class = output.chunk(2)
+        guided = without[:, :C] + self.guidance_scale * (with_class[:, :C] - without[:, :C])
+        return torch.cat([guided, with_class[:, C:]], dim=1)  # the variance is not extrapolated
 
     def _is_guided(self, t: torch.Tensor) -> bool:
         if self._guidance_interval is None:  # the usual case, in which nothing may wait for the device
@@ -306,9 +332,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
                 int(torch.randint(2**62, (), generator=g, device=g.device)) for g in ([generator] if one else generator)
             ]
             self.scheduler.noise_sampler_seed = seeds[0] if one else seeds
-        if not self._takes_learned_variance() and getattr(self.scheduler.config, "variance_type", "").startswith(
-            "learned"
-        ):
+        kind = self.scheduler.config.get("variance_type") or ""
+        if not self._takes_learned_variance() and kind.startswith("learned"):
             # DPM-Solvers would cut the prediction to three channels.
             self.scheduler.register_to_config(variance_type=None)
         options = {"generator": generator, "prev_timestep": None}
@@ -373,6 +398,11 @@ class CustomDDPMPipeline(DiffusionPipeline):
         if eta is not None and not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta is {eta}; it must be between 0 (DDIM) and 1 (DDPM)")
 
+    def _picture_size(self) -> tuple[int, int] | None:
+        """Height and width of the pictures that the model was trained on; None if its config does not say."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else size and tuple(size)
+
     def _prepare_latents(
         self,
         latents: torch.Tensor | None,
@@ -382,11 +412,10 @@ class CustomDDPMPipeline(DiffusionPipeline):
         """x_T in float32 on the execution device: the given one, checked, or one drawn from `generator`."""
         device, config = self._execution_device, self.unet.config
         if latents is None:
-            if config.sample_size is None:
+            size = self._picture_size()
+            if size is None:
                 raise ValueError("the model's config has no sample_size; give latents of the size you want")
-            size = config.sample_size
-            height, width = (size, size) if isinstance(size, int) else size
-            shape = (batch_size, config.in_channels, height, width)
+            shape = (batch_size, config.in_channels, *size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, config.in_channels):
             raise ValueError(
@@ -490,6 +519,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
                 file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
         index = json.loads(index_file.read_text())
         index["_class_name"] = _copy_code(type(self), folder)
+        _copy_siblings(Path(inspect.getfile(CustomDDPMPipeline)), folder)
         for name, component in self.components.items():
             if not type(component).__module__.startswith("diffusers."):
                 index[name] = _copy_code(type(component), folder / name)
@@ -592,6 +622,14 @@ def _copy_code(component_class: type, folder: Path) -> list[str]:
         if file.resolve() != target.resolve():
             shutil.copyfile(file, target)
     return [source.stem, component_class.__name__]
+
+
+def _copy_siblings(source: Path, folder: Path) -> None:
+    """Copy the pipelines beside this one, so that a saved model can be edited too: `custom_pipeline=` their name."""
+    for name in EDITING_FILES:
+        file, target = source.with_name(name), folder / name
+        if file.is_file() and file.resolve() != target.resolve():
+            shutil.copyfile(file, target)
 
 
 def _check_count(name: str, value: Any) -> None:

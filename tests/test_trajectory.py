@@ -153,7 +153,7 @@ def test_a_frame_has_x_t_at_the_left_and_its_x_0_at_the_right(trajectory):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a"])
 def test_a_suffix_that_does_not_move(trajectory, tmp_path, name):
-    with pytest.raises(ValueError, match="a moving picture is .gif, .png, .apng, .webp"):
+    with pytest.raises(ValueError, match=r"a moving picture is \.gif, \.png, \.apng, \.webp"):
         save_animation(trajectory_frames(trajectory), tmp_path / name)
 
 
