@@ -74,7 +74,7 @@ def errors(n: int, repeats: int, **variance: Any) -> tuple[float, float]:
     drawn = images.flatten(1)[:, 2:].double().numpy()
     largest = covariance.diagonal().max()
     found = abs(drawn.mean(0) - mean).max() / largest**0.5, abs(np.cov(drawn.T) - covariance).max() / largest
-    print(f"{n} steps x {repeats}: mean {found[0]:.3f}, covariance {found[1]:.3f}", variance, flush=True)
+    print(f"{n} steps x {repeats}: mean {found[0]:.3f}, covariance {found[1]:.3f}", *list(variance)[:1], flush=True)
     return found
 
 

@@ -156,7 +156,7 @@ class CustomDDPMInpaintPipeline(CustomDDPMPipeline):
                 scheduler.register_to_config(variance_type=kind)
                 scheduler.variance_type = kind  # of diffusers' DDPMScheduler
         with np.errstate(divide="ignore"):  # log ᾱ = −∞ where ᾱ = 0
-            logs = np.concatenate([[0.0], np.cumsum(np.log1p(-scheduler.betas.double().numpy()))])
+            logs = np.concatenate([[0.0], np.cumsum(np.log1p(-scheduler.betas.double().cpu().numpy()))])
             self._levels = [
                 (
                     float(np.exp(logs[s + 1] / 2)),

@@ -91,7 +91,9 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         pictures = read_pictures(image, self.unet.config.in_channels, self._picture_size())
         settings = (guidance_scale, guidance_interval, num_inference_steps, order)
         call, labels = self._open(class_labels, len(pictures), *settings)
-        return call._flow(pictures.to(self._execution_device), labels, forward=True)
+        latents = call._flow(pictures.to(self._execution_device), labels, forward=True)
+        self.maybe_free_model_hooks()
+        return latents
 
     @torch.no_grad()
     def restore(
@@ -137,7 +139,7 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         call._num_timesteps, call._order = num_inference_steps, order
         call._timesteps = np.linspace(0, T - 1, num_inference_steps + 1).round().astype(int).tolist()
         with np.errstate(divide="ignore"):  # log ᾱ = −∞ where ᾱ = 0
-            logs = np.cumsum(np.log1p(-self.scheduler.betas.double().numpy()))[call._timesteps]
+            logs = np.cumsum(np.log1p(-self.scheduler.betas.double().cpu().numpy()))[call._timesteps]
         call._angles = np.arctan2(np.sqrt(-np.expm1(logs)), np.exp(logs / 2)).tolist()
         return call, labels
 
