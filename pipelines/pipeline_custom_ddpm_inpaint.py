@@ -4,6 +4,7 @@
 saved with the model. It needs pipeline_custom_ddpm.py and pictures.py beside it.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,22 +116,25 @@ class CustomDDPMInpaintPipeline(CustomDDPMPipeline):
             raise ValueError(f"{name} keeps what earlier steps predicted, or its own noise levels; use {SAMPLERS[0]}")
         channels, size = self.unet.config.in_channels, self._picture_size()
         if mask_image is not None:
+            given, mask = read_pictures(image, channels, size), read_mask(mask_image, size)
             sizes, of_mask = set(picture_sizes(image)), set(picture_sizes(mask_image))
             if len(sizes | of_mask) > 1 and sizes != of_mask:
                 shown = [" and ".join(f"{w}x{h}" for h, w in sorted(each)) for each in (of_mask, sizes)]
                 raise ValueError(f"mask_image is {shown[0]}, image is {shown[1]}; they must have one size")
-            mask = read_mask(mask_image, size)
             if not bool(mask.flatten(1).any(1).all()):
                 raise ValueError("mask_image has no white pixel (at least 1/2, or 128 of 255), so nothing is to draw")
-            return read_pictures(image, channels, size), mask
+            return given, mask
         if size is None:
             raise ValueError("the model's config has no sample_size; draw with mask_image instead")
         height, width = size
         if padding is not None:
-            left, top, right, bottom = padding
+            borders = padding if isinstance(padding, list | tuple) and len(padding) == 4 else (0, 0, 0, 0)
+            left, top, right, bottom = (each if isinstance(each, numbers.Integral) else -1 for each in borders)
             inner = (height - top - bottom, width - left - right)
-            if min(padding) < 0 or max(padding) == 0 or min(inner) < 1:
-                raise ValueError(f"padding is {tuple(padding)}; borders of a picture of {width}x{height} are needed")
+            if min(left, top, right, bottom) < 0 or max(left, top, right, bottom) == 0 or min(inner) < 1:
+                raise ValueError(
+                    f"padding is {padding!r}; it must be (left, top, right, bottom) of a picture of {width}x{height}"
+                )
             picture = read_pictures(image, channels, inner)
             given = torch.nn.functional.pad(picture, (left, right, top, bottom))
             mask = torch.nn.functional.pad(torch.zeros_like(picture[:1, :1]), (left, right, top, bottom), value=1) > 0

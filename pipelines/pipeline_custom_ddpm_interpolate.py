@@ -41,6 +41,7 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         guidance_interval: tuple[float, float] | None = None,
+        return_trajectory: bool | int | Sequence[int] = False,
     ) -> CustomDDPMPipelineOutput | tuple:
         """Draw pictures from the first one to the second: inverted, on the great circle between their noises, and back.
 
@@ -52,6 +53,7 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
             num_inference_steps: steps of each way.
             order: 1 or 2, of the method.
             output_type, return_dict: as of `CustomDDPMPipeline`.
+            return_trajectory: as of `CustomDDPMPipeline`, on the way back.
 
         Returns:
             `CustomDDPMPipelineOutput` with `num_images` images.
@@ -65,6 +67,7 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         if len(pictures) != 2:
             raise ValueError(f"image has {len(pictures)} pictures; interpolation is between two")
         call, labels = self._open(class_labels, 2, guidance_scale, guidance_interval, num_inference_steps, order)
+        call._record(return_trajectory)
         first, second = call._flow(pictures.to(self._execution_device), labels, forward=True)
         weights = torch.linspace(0, 1, num_images).tolist()
         latents = torch.stack([spherical_mean(first, second, weight) for weight in weights])
@@ -106,11 +109,16 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         guidance_interval: tuple[float, float] | None = None,
+        return_trajectory: bool | int | Sequence[int] = False,
     ) -> CustomDDPMPipelineOutput | tuple:
         """The pictures of noises x_T, (B, C, H, W), such as `invert` returns; arguments as of the call."""
         self._check_arguments(output_type, guidance_scale, num_inference_steps, None, ())
         settings = (guidance_scale, guidance_interval, num_inference_steps, order)
+        if latents.ndim != 4 or latents.shape[1] != self.unet.config.in_channels:
+            needed = f"(B, {self.unet.config.in_channels}, H, W)"
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; this model needs {needed}")
         call, labels = self._open(class_labels, len(latents), *settings)
+        call._record(return_trajectory)
         pictures = call._flow(latents.to(self._execution_device, torch.float32), labels, forward=False)
         return self._end(call, self._to_output(pictures, output_type), return_dict)
 
@@ -124,6 +132,7 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         order: int,
     ) -> tuple[Any, list[int] | None]:
         """The state of one call, with its noise levels, and the labels."""
+        _check_count("num_inference_steps", num_inference_steps)
         if order not in (1, 2):
             raise ValueError(f"order is {order}; it must be 1 (DDIM) or 2 (Heun)")
         T, kind = self.scheduler.config.num_train_timesteps, self.scheduler.config.prediction_type
@@ -149,13 +158,17 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         points = list(zip(torch.tensor(self._timesteps, device=x.device), self._angles, strict=True))
         if not forward:
             points.reverse()
-        for (t, angle), (s, next_angle) in self.progress_bar(list(itertools.pairwise(points))):
+        for i, ((t, angle), (s, next_angle)) in enumerate(self.progress_bar(list(itertools.pairwise(points)))):
             delta = next_angle - angle
             velocity = self._velocity(x, t, angle, class_labels)
+            if not forward and i in self._recorded_steps:
+                self._recorded.append((t.float(), x, math.cos(angle) * x - math.sin(angle) * velocity))
             reached = math.cos(delta) * x + math.sin(delta) * velocity
             if self._order == 2:
                 reached = x + delta / 2 * (velocity + self._velocity(reached, s, next_angle, class_labels))
             x = reached
+        if self._recorded:
+            self._recorded.append((torch.tensor(-1.0, device=x.device), x, x))
         return x
 
     def _velocity(

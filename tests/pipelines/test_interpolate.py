@@ -89,6 +89,25 @@ def test_the_spherical_mean_keeps_the_size_of_noise():
     torch.testing.assert_close(spherical_mean(a, a, 0.3), a)
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_trajectory_of_the_way_back_where_the_data_are_one_picture(image, prediction_type):
+    pipeline = exact(prediction_type, world=(-0.4, 0.0))
+    options = {"num_inference_steps": 10, "output_type": "latent", "return_trajectory": 4}
+    output = pipeline(image, 3, **options)
+    trajectory = output.trajectory
+    assert trajectory.timesteps.tolist() == [999, 699, 300, -1]
+    assert trajectory.samples.shape == (4, 3, 1, 64, 64)
+    assert torch.equal(trajectory.samples[-1], output.images)
+    np.testing.assert_allclose(trajectory.pred_original_samples[:-1].numpy(), -0.4, atol=0.03)
+    torch.testing.assert_close(trajectory.samples[0, 0], pipeline.invert(image, num_inference_steps=10)[0])
+
+
+def test_noises_of_another_shape_are_refused():
+    pipeline = CustomDDPMInterpolationPipeline.from_pipe(make_pipeline())
+    with pytest.raises(ValueError, match=r"latents have shape \(3, 8, 8\); this model needs \(B, 1, H, W\)"):
+        pipeline.restore(torch.zeros(3, 8, 8), num_inference_steps=10)
+
+
 def angle(a, b):
     return float(torch.arccos(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)))
 
@@ -99,6 +118,7 @@ def angle(a, b):
         ({"image": np.zeros((3, 8, 8, 1))}, "image has 3 pictures; interpolation is between two"),
         ({"num_images": 0}, "num_images is 0; it must be an integer of at least 1"),
         ({"order": 3}, "order is 3; it must be 1"),
+        ({"num_inference_steps": None}, "num_inference_steps is None; it must be an integer"),
         ({"num_inference_steps": 20}, "num_inference_steps is 20; it must be between 2 and 19"),
         ({"class_labels": [0, 1, 2]}, "there are 3 class_labels"),
     ],
