@@ -1,6 +1,6 @@
 """Figures of docs/editing.md, and the numbers that stand there.
 
-    python docs/editing_figures.py exact                            figures/inpainting.png: a world known exactly
+    python docs/editing_figures.py exact                            images/inpainting.png: a world known exactly
     python docs/editing_figures.py gallery MODEL DATASET            images/editing.png, and PSNR of inversion and back
 
 MODEL is trained on Fashion-MNIST as in examples/README.md, DATASET is made by examples/make_fashion_mnist.py.
@@ -98,7 +98,7 @@ def exact() -> None:
         axis.axhline(1 / COUNT**0.5, color="#999999", linewidth=1, linestyle=":")
     axes[0].set_ylabel("error")
     axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(HERE / "figures" / "inpainting.png", dpi=110)
+    figure.savefig(HERE / "images" / "inpainting.png", dpi=110)
 
 
 def stacked(images: list) -> torch.Tensor:
