@@ -120,6 +120,23 @@ def test_the_result_has_the_moments_of_the_formulas(scheduler_class, eta, known,
         assert (abs(covariance - variance) <= 5 * np.sqrt(2 * np.outer(variances, variances) / N) + 1e-5).all()
 
 
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_known_part_is_noised_as_the_forward_process_has_it(repeats):
+    """x_t of the known pixels is N(√ᾱ_t x_0, 1−ᾱ_t) before every step (F9)."""
+    trajectory = exact_pipeline(CustomDDPMScheduler)(
+        np.full((N, 2, 2, 1), 0.9),
+        np.array([[0, 0], [1, 1]], bool),
+        jump_n_sample=repeats,
+        num_inference_steps=10,
+        generator=torch.Generator().manual_seed(0),
+        return_trajectory=True,
+    ).trajectory
+    for t, x_t in zip(trajectory.timesteps[1:-1].tolist(), trajectory.samples[1:-1], strict=True):
+        a, known = float(bars()[round(t)]), x_t[:, 0, 0, :]
+        assert float(known.mean()) == pytest.approx(a**0.5 * 0.8, abs=4 * ((1 - a) / (2 * N)) ** 0.5)
+        assert float(known.std()) == pytest.approx((1 - a) ** 0.5, rel=0.04)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("known", ["mask_image", "scale_factor"])
 def test_it_tends_to_the_true_conditional_distribution(known, monkeypatch):
