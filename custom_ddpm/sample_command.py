@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .sample_set import SampleSet
 
 MAX_SEED = 2**63
+MOVING_PICTURES = 16  # that --trajectory shows
+MOVING_STATES, STRIP_STATES = 40, 11
 
 
 @contextmanager
@@ -160,6 +162,12 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if args.trajectory is not None:
+        from .trajectory import animation_format
+
+        animation_format(args.trajectory)
+        if not Path(args.trajectory).absolute().parent.is_dir():
+            raise ValueError(f"--trajectory is {args.trajectory}, whose folder does not exist")
     if not 0 <= args.seed <= MAX_SEED - args.num_images:
         raise ValueError(f"--seed is {args.seed}; it must be between 0 and 2**63 - {args.num_images}")
 
@@ -196,6 +204,29 @@ def _settings(sample_set: "SampleSet", args: argparse.Namespace) -> dict[str, An
     }
 
 
+def _write_trajectory(sample_set: "SampleSet", file: Path) -> list[str]:
+    """Draw the first pictures of a set again, and write how they come about: moving, and as a strip of the first."""
+    import torch
+
+    from .trajectory import save_animation, trajectory_frames, trajectory_strip
+
+    seeds = sample_set.seeds[:MOVING_PICTURES]
+    pipeline, labels = sample_set.pipeline, sample_set.labels and sample_set.labels[: len(seeds)]
+    device = pipeline._execution_device
+    trajectory = pipeline(
+        batch_size=len(seeds),
+        class_labels=labels,
+        generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        return_trajectory=MOVING_STATES,
+        **sample_set.options,
+    ).trajectory
+    save_animation(trajectory_frames(trajectory), file)
+    strip = file.with_name(f"{file.stem}-strip.png")
+    trajectory_strip(trajectory, pictures=2, states=STRIP_STATES).save(strip)
+    return [str(file), str(strip)]
+
+
 def sample(args: argparse.Namespace) -> None:
     """Draw pictures with a model: a PNG file for each seed and a grid; started again, it goes on where it stopped."""
     _check(args)
@@ -229,6 +260,9 @@ def sample(args: argparse.Namespace) -> None:
             made.append(sample_set.write_npz().name)
         if args.format == "dataset":
             made.append(sample_set.write_metadata(names).name)
+        if args.trajectory is not None:
+            with _sampling_errors(pipeline, args.batch_size):
+                print(f"trajectory: {' and '.join(_write_trajectory(sample_set, Path(args.trajectory)))}")
         print(f"{args.num_images} pictures and {' and '.join(made)} in {folder}")
     state.wait_for_everyone()
 
@@ -258,3 +292,5 @@ def add_sample_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--exact", action="store_true", help=words)
     words = "png: the files alone; npz: and samples.npz; dataset: and metadata.csv, with which the folder is a dataset"
     sub.add_argument("--format", choices=["png", "npz", "dataset"], default="png", help=words)
+    words = f"moving picture of the first {MOVING_PICTURES} from noise to the result, .webp, .png or .gif; and a strip"
+    sub.add_argument("--trajectory", default=None, metavar="FILE", help=words)

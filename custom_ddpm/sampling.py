@@ -143,7 +143,7 @@ def image_grid(
     grid = PIL.Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
     draw = ImageDraw.Draw(grid)
     for i, caption in enumerate(captions or ()):
-        font = _font(caption)
+        font = font_for(caption)
         if font is not None:
             middle = (gap + i * (width + gap) + width / 2, gap + CAPTION_SIZE)
             draw.text(middle, _fitting(caption, font, width), fill="black", font=font, anchor="ms")
@@ -162,7 +162,7 @@ def _fonts() -> list[tuple[ImageFont.FreeTypeFont, bytes]]:
     return [(font, bytes(font.getmask("\U0010fffd"))) for font in found]
 
 
-def _font(text: str) -> ImageFont.FreeTypeFont | None:
+def font_for(text: str) -> ImageFont.FreeTypeFont | None:
     """The first font that has all characters of a text."""
     for font, missing in _fonts():
         if all(c == " " or bytes(font.getmask(c)) != missing for c in text):

@@ -13,6 +13,7 @@ import numbers
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ logger = logging.get_logger(__name__)
 _STOCK_DDPM = (DDPMScheduler, DDPMParallelScheduler)
 _SAID: set[tuple[int, str]] = set()  # how numbers of steps are made, where that was told of
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# They are saved with every model, beside this file.
+EDITING_FILES = (
+    "pictures.py",
+    "pipeline_custom_ddpm_img2img.py",
+    "pipeline_custom_ddpm_inpaint.py",
+    "pipeline_custom_ddpm_interpolate.py",
+)
 # These step from t to t − T // n, whatever their next timestep is.
 _STEP_BY_RATIO = (
     "DDIMScheduler",
@@ -49,6 +57,35 @@ LOADING_OPTIONS = (
     "torch_dtype dtype variant use_safetensors output_loading_info device_map max_memory offload_folder "
     "offload_state_dict low_cpu_mem_usage ignore_mismatched_sizes disable_mmap quantization_config parallel_config"
 ).split()
+
+
+@dataclass
+class Trajectory:
+    """The reverse process at K of its steps, from noise to the result, which is the last of them.
+
+    Args:
+        timesteps: float32 (K,): t before each step; −1 of the result.
+        samples: float32 (K, B, C, H, W): x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε for every scheduler, also for those that step
+            with samples of another size.
+        pred_original_samples: float32 (K, B, C, H, W): x̂_0 of the model at x_t (R5), before the scheduler clips it; of
+            the result, the result.
+    """
+
+    timesteps: torch.Tensor
+    samples: torch.Tensor
+    pred_original_samples: torch.Tensor
+
+
+@dataclass
+class CustomDDPMPipelineOutput(ImagePipelineOutput):
+    """Output of the pipeline.
+
+    Args:
+        images: as `output_type` says.
+        trajectory: the states that `return_trajectory` chose; None if it chose none.
+    """
+
+    trajectory: Trajectory | None = None
 
 
 class CustomDDPMPipeline(DiffusionPipeline):
@@ -70,6 +107,9 @@ class CustomDDPMPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
         self._guidance_interval: tuple[float, float] | None = None
+        self._start = 0  # place of the present call's first step among the scheduler's timesteps
+        self._recorded_steps: frozenset[int] = frozenset()
+        self._recorded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         # The keys are strings after loading from JSON.
         self.register_to_config(id2label=id2label and {int(label): str(name) for label, name in id2label.items()})
 
@@ -105,7 +145,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        return_trajectory: bool | int | Sequence[int] = False,
+    ) -> CustomDDPMPipelineOutput | tuple:
         """Generate images (Algorithm 2, S1).
 
         A call steps with its own copy of the scheduler, so it does not depend on other calls, also of other threads.
@@ -128,38 +169,51 @@ class CustomDDPMPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: keys of that dictionary; only "latents" is available.
             guidance_interval: (low, high), fractions of T: guidance only at low ≤ t/T < high (Kynkäänniemi et al. 2024,
                 arXiv:2404.07724), and the model is evaluated once elsewhere; None for all timesteps.
+            return_trajectory: whether to return x_t and x̂_0 before every step; or their number, spread evenly over the
+                steps, with the first and the result; or the steps, from 0, negative ones from the end.
 
         Returns:
-            `ImagePipelineOutput` with `.images`; gray images are of PIL mode "L".
+            `CustomDDPMPipelineOutput` with `.images`, gray ones of PIL mode "L", and `.trajectory` if it was asked for.
 
         Raises:
             ValueError: an argument does not match the model, the scheduler or another argument.
         """
         self._check_arguments(output_type, guidance_scale, num_inference_steps, eta, callback_on_step_end_tensor_inputs)
-        _check_interval(guidance_interval, guidance_scale)
         class_labels, batch_size = _count_images(class_labels, latents, batch_size)
         _check_generator(generator, batch_size)
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
-        call = self._begin(guidance_scale, num_inference_steps)
-        call._guidance_interval = guidance_interval
+        call = self._begin(guidance_scale, num_inference_steps, guidance_interval)
         call._check_timesteps(latents is None)
+        call._record(return_trajectory)
         latents = call._prepare_latents(latents, batch_size, generator)
         options = call._step_options(eta, generator)
         latents = call._denoise(latents, labels, options, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._end(call, self._to_output(latents, output_type), return_dict)
+
+    def _end(self, call: "CustomDDPMPipeline", images: Any, return_dict: bool) -> CustomDDPMPipelineOutput | tuple:
+        """The output of a call, with the trajectory that it recorded."""
         for name in ("_guidance_scale", "_num_timesteps", "_interrupt"):
             setattr(self, name, getattr(call, name))
-        images = self._to_output(latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        trajectory = Trajectory(*map(torch.stack, zip(*call._recorded, strict=True))) if call._recorded else None
+        output = CustomDDPMPipelineOutput(images=images, trajectory=trajectory)
+        return output if return_dict else output.to_tuple()
 
-    def _begin(self, guidance_scale: float, num_inference_steps: int | None) -> "CustomDDPMPipeline":
+    def _begin(
+        self,
+        guidance_scale: float,
+        num_inference_steps: int | None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Any:
         """A shallow copy of the pipeline with the state of one call, so that calls cannot disturb each other."""
+        _check_interval(guidance_interval, guidance_scale)
         call = copy.copy(self)
         call.scheduler = copy.deepcopy(self.scheduler)
-        call._guidance_scale, call._interrupt = float(guidance_scale), False
+        call._guidance_scale, call._interrupt, call._recorded = float(guidance_scale), False, []
+        call._guidance_interval = guidance_interval
         n = num_inference_steps or call.scheduler.config.num_train_timesteps
         call.scheduler.set_timesteps(n, device=self._execution_device)
-        call._num_timesteps = len(call.scheduler.timesteps)
+        call._start, call._num_timesteps = 0, len(call.scheduler.timesteps)
         tuned = getattr(call.scheduler, "tuned_for", lambda n: None)(n)
         if tuned is not None and (n, tuned) not in _SAID:
             _SAID.add((n, tuned))
@@ -176,40 +230,90 @@ class CustomDDPMPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The loop of Algorithm 2, from x_T to x_0; `step_options` are arguments of the scheduler's `step`."""
         class_labels = None if labels is None else torch.tensor(labels, device=latents.device)
-        timesteps = self.scheduler.timesteps
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps[self._start :])):
             if self.interrupt:
                 break
-            is_last = i == len(timesteps) - 1
-            if "prev_timestep" in step_options:
-                step_options["prev_timestep"] = None if is_last else timesteps[i + 1]
-            model_output = self._predict(latents, t, class_labels)
-            try:
-                stepped = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)
-            except NotImplementedError as error:
-                raise ValueError(f"{type(self.scheduler).__name__} cannot step this model: {error}") from error
-            # x̂_0 is the mean of the last step; diffusers' DDPM adds noise to it if that step is not from t = 0.
-            latents = stepped[1 if is_last and isinstance(self.scheduler, _STOCK_DDPM) else 0]
+            latents = self._step(i, t, latents, class_labels, step_options)
             if callback_on_step_end is not None:
                 inputs = {"latents": latents} if tensor_inputs else {}
                 latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
+        if self._recorded_steps and not self.interrupt:
+            self._recorded.append((torch.tensor(-1.0, device=latents.device), latents, latents))
         return latents
 
+    def _step(
+        self,
+        i: int,
+        t: torch.Tensor,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        step_options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Step i of this call, at timestep t: x_t to x_s."""
+        is_last = i == self._num_timesteps - 1
+        if "prev_timestep" in step_options:
+            step_options["prev_timestep"] = None if is_last else self.scheduler.timesteps[self._start + i + 1]
+        model_output = self._predict(latents, t, class_labels)
+        if i in self._recorded_steps:
+            self._recorded.append(self._state(latents, t, model_output))
+        try:
+            stepped = self.scheduler.step(model_output, t, latents, return_dict=False, **step_options)
+        except NotImplementedError as error:
+            raise ValueError(f"{type(self.scheduler).__name__} cannot step this model: {error}") from error
+        # x̂_0 is the mean of the last step; diffusers' DDPM adds noise to it if that step is not from t = 0.
+        return stepped[1 if is_last and isinstance(self.scheduler, _STOCK_DDPM) else 0]
+
+    # ---- the trajectory ----
+
+    def _record(self, chosen: Any) -> None:
+        """Choose the steps whose states are returned; `chosen` is `return_trajectory`."""
+        n = self._num_timesteps
+        if isinstance(chosen, bool):
+            steps = range(n if chosen else 0)
+        elif isinstance(chosen, numbers.Integral):
+            if chosen < 2:
+                raise ValueError(f"return_trajectory is {chosen}; as a number of states it must be at least 2")
+            steps = np.linspace(0, n, min(int(chosen), n + 1)).round().astype(int).tolist()[:-1]
+        else:
+            steps = list(chosen)
+            wrong = [i for i in steps if not isinstance(i, numbers.Integral) or not -n <= i < n]
+            if wrong:
+                raise ValueError(f"return_trajectory has {wrong[0]!r}; with {n} steps it must be in [{-n}, {n})")
+        self._recorded_steps = frozenset(int(i) % n for i in steps)
+        kind = self.scheduler.config.prediction_type
+        if self._recorded_steps and kind not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"return_trajectory needs a model that predicts ε, x_0 or v, and this predicts {kind!r}")
+
+    def _state(self, latents: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """t, x_t and x̂_0 (R5) before a step; x_t as the model sees it, which is the same for all schedulers."""
+        x_t = self.scheduler.scale_model_input(latents, t).float()
+        prediction, kind = model_output[:, : x_t.shape[1]], self.scheduler.config.prediction_type
+        alpha_bar = self.scheduler.alphas_cumprod.to(x_t.device, torch.float32)[t.round().long().to(x_t.device)]
+        root, sigma = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+        if kind == "sample":
+            x_0 = prediction
+        else:
+            x_0 = (x_t - sigma * prediction) / root if kind == "epsilon" else root * x_t - sigma * prediction
+        return t.float().to(x_t.device), x_t, x_0
+
     def _predict(self, latents: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """Model output at x_t in float32, with guidance if `guidance_scale` is not 1, as the scheduler takes it."""
-        model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        """Model output at the scheduler's x_t, as the scheduler takes it."""
+        output = self._evaluate(self.scheduler.scale_model_input(latents, t), t, class_labels)
+        return output if self._takes_learned_variance() else output[:, : self.unet.config.in_channels]
+
+    def _evaluate(self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Model output at x_t in float32, with guidance if `guidance_scale` is not 1."""
+        model_input = x_t.to(self.unet.dtype)
         C = self.unet.config.in_channels  # the channels after these are a learned variance
         if class_labels is None:
-            output = self.unet(model_input, t).sample.float()
-        elif self.guidance_scale == 1.0 or not self._is_guided(t):
-            output = self.unet(model_input, t, class_labels=class_labels).sample.float()
-        else:
-            both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
-            output = self.unet(torch.cat([model_input, model_input]), t, class_labels=both).sample.float()
-            without, with_class = output.chunk(2)
-            guided = without[:, :C] + self.guidance_scale * (with_class[:, :C] - without[:, :C])
-            output = torch.cat([guided, with_class[:, C:]], dim=1)  # the variance is not extrapolated
-        return output if self._takes_learned_variance() else output[:, :C]
+            return self.unet(model_input, t).sample.float()
+        if self.guidance_scale == 1.0 or not self._is_guided(t):
+            return self.unet(model_input, t, class_labels=class_labels).sample.float()
+        both = torch.cat([torch.full_like(class_labels, self._null_label()), class_labels])
+        output = self.unet(torch.cat([model_input, model_input]), t, class_labels=both).sample.float()
+        without, with_class = output.chunk(2)
+        guided = without[:, :C] + self.guidance_scale * (with_class[:, :C] - without[:, :C])
+        return torch.cat([guided, with_class[:, C:]], dim=1)  # the variance is not extrapolated
 
     def _is_guided(self, t: torch.Tensor) -> bool:
         if self._guidance_interval is None:  # the usual case, in which nothing may wait for the device
@@ -233,9 +337,8 @@ class CustomDDPMPipeline(DiffusionPipeline):
                 int(torch.randint(2**62, (), generator=g, device=g.device)) for g in ([generator] if one else generator)
             ]
             self.scheduler.noise_sampler_seed = seeds[0] if one else seeds
-        if not self._takes_learned_variance() and getattr(self.scheduler.config, "variance_type", "").startswith(
-            "learned"
-        ):
+        kind = self.scheduler.config.get("variance_type") or ""
+        if not self._takes_learned_variance() and kind.startswith("learned"):
             # DPM-Solvers would cut the prediction to three channels.
             self.scheduler.register_to_config(variance_type=None)
         options = {"generator": generator, "prev_timestep": None}
@@ -300,6 +403,11 @@ class CustomDDPMPipeline(DiffusionPipeline):
         if eta is not None and not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta is {eta}; it must be between 0 (DDIM) and 1 (DDPM)")
 
+    def _picture_size(self) -> tuple[int, int] | None:
+        """Height and width of the pictures that the model was trained on; None if its config does not say."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else size and tuple(size)
+
     def _prepare_latents(
         self,
         latents: torch.Tensor | None,
@@ -309,11 +417,10 @@ class CustomDDPMPipeline(DiffusionPipeline):
         """x_T in float32 on the execution device: the given one, checked, or one drawn from `generator`."""
         device, config = self._execution_device, self.unet.config
         if latents is None:
-            if config.sample_size is None:
+            size = self._picture_size()
+            if size is None:
                 raise ValueError("the model's config has no sample_size; give latents of the size you want")
-            size = config.sample_size
-            height, width = (size, size) if isinstance(size, int) else size
-            shape = (batch_size, config.in_channels, height, width)
+            shape = (batch_size, config.in_channels, *size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, config.in_channels):
             raise ValueError(
@@ -417,6 +524,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
                 file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
         index = json.loads(index_file.read_text())
         index["_class_name"] = _copy_code(type(self), folder)
+        _copy_siblings(Path(inspect.getfile(CustomDDPMPipeline)), folder)
         for name, component in self.components.items():
             if not type(component).__module__.startswith("diffusers."):
                 index[name] = _copy_code(type(component), folder / name)
@@ -519,6 +627,14 @@ def _copy_code(component_class: type, folder: Path) -> list[str]:
         if file.resolve() != target.resolve():
             shutil.copyfile(file, target)
     return [source.stem, component_class.__name__]
+
+
+def _copy_siblings(source: Path, folder: Path) -> None:
+    """Copy the pipelines beside this one, so that a saved model can be edited too: `custom_pipeline=` their name."""
+    for name in EDITING_FILES:
+        file, target = source.with_name(name), folder / name
+        if file.is_file() and file.resolve() != target.resolve():
+            shutil.copyfile(file, target)
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -126,7 +126,7 @@ def test_convert_there_and_back(tmp_path):
 
 def test_verify(model, capsys):
     main(["verify", str(model)])
-    assert "each of its 4 files is this release's" in capsys.readouterr().out
+    assert "each of its 8 files is this release's" in capsys.readouterr().out
     with (model / "unet" / "unet.py").open("a") as file:
         file.write("# changed\n")
     assert "unet/unet.py" in refused("verify", model)

@@ -29,7 +29,11 @@ PAGES = sorted(
     for path in ROOT.glob(folder)
 )
 # The code is the same, so it runs once.
-TRANSLATED = {"README.zh.md": "README.md", "docs/derivation.zh.md": "docs/derivation.md"}
+TRANSLATED = {
+    "README.zh.md": "README.md",
+    "docs/derivation.zh.md": "docs/derivation.md",
+    "docs/editing.zh.md": "docs/editing.md",
+}
 FENCE = re.compile(r"^(?:<!-- (?P<comment>[^\n]*) -->\n+)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
 RUNNABLE = ("python", "bash")
 
@@ -64,6 +68,7 @@ REPLACED = {
         ("--posthoc_ema_steps 5000", "--posthoc_ema_steps 1"),
         ("sigma_rel=0.15", "sigma_rel=0.1"),  # what two snapshots can give
     ],
+    "docs/editing.md": [("num_inference_steps=100", "num_inference_steps=4"), ("jump_n_sample=10", "jump_n_sample=2")],
     "examples/README.md": [("/usr/share/datasets/fashion-mnist", "idx")],
 }
 TRAINING = re.compile(r"((?:accelerate launch [^\n#]*(?:train_ddpm\.py|custom_ddpm\.train)|custom-ddpm train)[^\n#&]*)")

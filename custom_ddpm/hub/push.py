@@ -39,6 +39,7 @@ PIPELINE_FILES = (
     "samples.png",
     "loss_curve.png",
     "pipeline_*.py",
+    "pictures.py",
     "unet/config.json",
     "unet/*.safetensors",
     "unet/*.safetensors.index.json",

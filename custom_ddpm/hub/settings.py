@@ -42,7 +42,12 @@ OWN_CODE = {
     "scheduler": ("scheduler", CustomDDPMScheduler.__name__),
 }
 PIPELINE_CLASSES = ("CustomDDPMPipeline", "DDPMPipeline", "DDIMPipeline")
-OWN_PIPELINE = ["pipeline_custom_ddpm", "CustomDDPMPipeline"]
+OWN_PIPELINES = [
+    ["pipeline_custom_ddpm", "CustomDDPMPipeline"],
+    ["pipeline_custom_ddpm_img2img", "CustomDDPMImg2ImgPipeline"],
+    ["pipeline_custom_ddpm_inpaint", "CustomDDPMInpaintPipeline"],
+    ["pipeline_custom_ddpm_interpolate", "CustomDDPMInterpolationPipeline"],
+]
 
 
 def read_json(path: Path) -> Any:
@@ -104,7 +109,7 @@ def index_problem(index: Mapping[str, Any], skip: Sequence[str] = ()) -> str | N
         skip: components that are not asked for.
     """
     name = index.get("_class_name")
-    if not (name in PIPELINE_CLASSES if isinstance(name, str) else name == OWN_PIPELINE):
+    if not (name in PIPELINE_CLASSES if isinstance(name, str) else name in OWN_PIPELINES):
         return f"_class_name is {shown_value(name)}, which is a class of neither custom-ddpm nor diffusers for pictures"
     if not is_own_code("unet", index.get("auto_map", {})):
         return f"auto_map names other code to load: {shown_value(index['auto_map'])}"

@@ -46,7 +46,8 @@ def release_code() -> dict[str, Path]:
         "scheduler/scheduler.py": Path(inspect.getfile(scheduler)),
         "scheduler/schedules.py": Path(inspect.getfile(schedules)),
     }
-    return files | {path.name: path for path in Path(inspect.getfile(pipelines)).parent.glob("pipeline_*.py")}
+    beside = Path(inspect.getfile(pipelines)).parent
+    return files | {path.name: path for path in (*beside.glob("pipeline_*.py"), beside / "pictures.py")}
 
 
 def verify_repository(repo_or_folder: str | Path, revision: str | None = None, token: str | None = None) -> list[str]:

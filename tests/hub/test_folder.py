@@ -414,7 +414,7 @@ def refused(words):
 def test_verify_tells_what_it_checked(copy, capsys):
     main(["verify", str(copy)])
     whole = capsys.readouterr().out
-    assert "code: each of its 4 files is this release's" in whole and "1 safetensors file, with the names" in whole
+    assert "code: each of its 8 files is this release's" in whole and "1 safetensors file, with the names" in whole
     for file in copy.rglob("*.py"):
         file.unlink()
     main(["verify", str(copy)])

@@ -88,6 +88,30 @@ def test_pushed_repository_loads_without_the_package(hub, run, tmp_path):
     np.testing.assert_allclose(np.load(home / "stock.npy"), here, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
+def test_a_pushed_model_is_edited_without_the_package(hub, run, tmp_path):
+    push_pipeline(run, "user/model", token=hub.token)
+    program = """if True:
+        import sys
+        sys.modules["custom_ddpm"] = None
+        import numpy as np
+        from diffusers import DiffusionPipeline
+
+        image = np.linspace(0, 1, 64).reshape(8, 8)
+        for name, options in (
+            ("img2img", {"image": image, "num_inference_steps": 4}),
+            ("inpaint", {"image": image, "mask_image": image > 0.5, "num_inference_steps": 4}),
+            ("interpolate", {"image": [image, image], "num_inference_steps": 4}),
+        ):
+            name = f"pipeline_custom_ddpm_{name}"
+            pipeline = DiffusionPipeline.from_pretrained("user/model", custom_pipeline=name, trust_remote_code=True)
+            assert pipeline(**options).images[0].size == (8, 8)
+    """
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=hub.env(tmp_path, hub.token), cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_package_loads_pushed_branches_without_running_their_code(hub, run):
     push_pipeline(run, "user/model", token=hub.token)
     unet_file = hub.repos["model", "user/model"].at("main").files["unet/unet.py"]
