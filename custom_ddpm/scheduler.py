@@ -820,7 +820,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         for a higher order those of earlier x̂_0 (S3). Where the model's output decides on σ it is 1, and 0 at the last
         step, and the last two are the range of log σ² of "learned_range".
         """
-        key = (eta, like.device, like.dtype, like.ndim)
+        # Settings may be changed after `set_timesteps`, by `register_to_config`.
+        settings = self.config.variance_type, self.config.prediction_type
+        key = (eta, like.device, like.dtype, like.ndim, *settings)
         table = self._step_tables.get(key)
         if table is None:
             t, s = torch.arange(len(self), device="cpu"), self._previous_table

@@ -150,3 +150,17 @@ def test_a_step_compiles_before_its_tables_are_made(shape):
         compiled = step(x, torch.tensor(600), x, variance_noise=z, eta=eta, return_dict=False)
         eager = plain.step(x, 600, x, variance_noise=z, eta=eta, return_dict=False)
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_a_setting_that_is_changed_after_set_timesteps_is_used():
+    x, output = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for name, value in (("variance_type", "fixed_large"), ("prediction_type", "v_prediction")):
+        changed, given = CustomDDPMScheduler(), CustomDDPMScheduler(**{name: value})
+        for scheduler in (changed, given):
+            scheduler.set_timesteps(10)
+        changed.register_to_config(**{name: value})
+        found, expected = (
+            scheduler.step(output, 500, x, generator=torch.Generator().manual_seed(1)).prev_sample
+            for scheduler in (changed, given)
+        )
+        assert torch.equal(found, expected), name
