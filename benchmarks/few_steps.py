@@ -33,7 +33,9 @@ def samplers(own: CustomDDPMScheduler) -> dict[str, tuple[Any, dict[str, Any]]]:
         return CustomDDPMScheduler.from_config(own.config, **{**plain, **TRAILING, **options})
 
     def theirs(name: str, **options: Any) -> Any:
-        config = {k: v for k, v in own.config.items() if k not in ("tuned", "prediction_errors", "solver_order")}
+        config = {
+            k: v for k, v in own.config.items() if k not in ("tuned", "prediction_errors", "solver_order", "corrector")
+        }
         limits = {} if name == "DDIMScheduler" else clipping(own)
         return getattr(diffusers, name).from_config(config, **{**TRAILING, **limits, **options})
 
@@ -49,6 +51,8 @@ def samplers(own: CustomDDPMScheduler) -> dict[str, tuple[Any, dict[str, Any]]]:
         "UniPC": (theirs("UniPCMultistepScheduler"), {}),
         "ours, order 2": (ours(solver_order=2), {"eta": 0.0}),
         "ours, order 3": (ours(solver_order=3), {"eta": 0.0}),
+        "ours, order 2, corrected": (ours(solver_order=2, corrector=True), {"eta": 0.0}),
+        "ours, order 2, corrected, η = 1": (ours(solver_order=2, corrector=True), {"eta": 1.0}),
         "ours, order 2, η = 1": (ours(solver_order=2), {"eta": 1.0}),
     }
     errors = own.config.get("prediction_errors")

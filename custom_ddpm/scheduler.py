@@ -86,6 +86,7 @@ class Setting(NamedTuple):
     """How a number of steps is made; see `tuned` of `CustomDDPMScheduler`."""
 
     solver_order: int
+    corrects: bool
     eta: float
     spacing: str
 
@@ -96,7 +97,8 @@ def _parse_tuned(tuned: Sequence[str], has_errors: bool) -> dict[int, Setting]:
     for entry in tuned:
         try:
             steps, order, eta, spacing = entry.split()
-            settings[int(steps)] = setting = Setting(int(order), float(eta), spacing)
+            corrects = order == "2c"
+            settings[int(steps)] = setting = Setting(2 if corrects else int(order), corrects, float(eta), spacing)
             spacings = (*TIMESTEP_SPACINGS, "optimal") if has_errors else TIMESTEP_SPACINGS
             valid = (
                 int(steps) > 0 and setting.solver_order in (1, 2, 3) and 0 <= setting.eta <= 1 and spacing in spacings
@@ -116,6 +118,8 @@ def _check_arguments(config: Any) -> None:
     _require("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
     if config.solver_order not in (1, 2, 3):
         raise ValueError(f"solver_order is {config.solver_order}; it must be 1, 2 or 3")
+    if config.corrector and config.solver_order != 2:
+        raise ValueError(f"corrector is True, but solver_order is {config.solver_order}; it must be 2")
     if config.num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps is {config.num_train_timesteps}; it must be at least 1")
 
@@ -189,6 +193,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         tuned: what was best for a number of steps, as measured by `custom-ddpm tune`: "STEPS SOLVER_ORDER ETA SPACING",
             such as "10 2 0 optimal"; SPACING is "optimal", by `prediction_errors`, or one of `timestep_spacing`.
             `set_timesteps` takes the nearest, `step` its η; all T steps are Algorithm 2 as it stands.
+        corrector: for `solver_order` 2, whether a step first corrects x_t by the x̂_0 that the model has there, as the
+            step that led to x_t could not (S3; Zhao et al. 2023, arXiv:2302.04867). In `tuned` it is order "2c".
 
     Attributes:
         betas, alphas, alphas_cumprod: float32 (T,) on the CPU: β_t, α_t = 1−β_t, ᾱ_t.
@@ -225,6 +231,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         solver_order: int = 1,
         prediction_errors: list[float] | None = None,
         tuned: list[str] | None = None,
+        corrector: bool = False,
     ):
         if variance_type is None:
             self.register_to_config(variance_type="fixed_small")
@@ -242,7 +249,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         defaults = self.config.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[])
         own = {"original_sample_variances": original_sample_variances is None, "solver_order": solver_order == 1}
-        own |= {"prediction_errors": prediction_errors is None, "tuned": tuned is None}
+        own |= {"prediction_errors": prediction_errors is None, "tuned": tuned is None, "corrector": not corrector}
         left_out = {name for name, is_default in own.items() if is_default}
         if left_out:
             # Other schedulers warn of arguments that they do not know, or have another default for them (multistep
@@ -254,6 +261,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
 
         self._solver_order = self._given_order = solver_order  # not always in the configuration
+        self._corrects = self._given_corrector = corrector
         self._eta = 1.0  # of `step` where none is given
         self._tuned = _parse_tuned(tuned or (), prediction_errors is not None)
         self.init_noise_sigma = 1.0
@@ -324,24 +332,25 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         self.num_inference_steps = len(chosen)
         self.custom_timesteps = timesteps is not None
-        self._solver_order, self._eta = setting.solver_order, setting.eta
+        self._solver_order, self._corrects, self._eta = setting[:3]
         self._use_timesteps(chosen, device)
 
     def _setting(self, num_inference_steps: int | None) -> Setting:
         """Order, η and spacing for a number of steps: the nearest of `tuned`, or those of the configuration."""
         spacing = self.config.timestep_spacing if self.config.get("prediction_errors") is None else "optimal"
         if not self._tuned or num_inference_steps is None or num_inference_steps < 1:
-            return Setting(self._given_order, 1.0, spacing)
+            return Setting(self._given_order, self._given_corrector, 1.0, spacing)
         if num_inference_steps == self.config.num_train_timesteps:
-            return Setting(1, 1.0, self.config.timestep_spacing)  # Algorithm 2
+            return Setting(1, False, 1.0, self.config.timestep_spacing)  # Algorithm 2
         return self._tuned[min(self._tuned, key=lambda n: abs(math.log(n / num_inference_steps)))]
 
     def tuned_for(self, num_inference_steps: int | None) -> str | None:
         """In words, what `tuned` has for a number of steps; None where the configuration alone decides."""
         if not self._tuned or num_inference_steps in (None, self.config.num_train_timesteps):
             return None
-        order, eta, spacing = self._setting(num_inference_steps)
-        return f"steps of order {order}, eta {eta:g}, {spacing} timesteps, as tuned for this model"
+        order, corrects, eta, spacing = self._setting(num_inference_steps)
+        kind = f"{order}{', corrected' if corrects else ''}"
+        return f"steps of order {kind}, eta {eta:g}, {spacing} timesteps, as tuned for this model"
 
     def _spaced(self, num_inference_steps: int, spacing: str) -> np.ndarray:
         """A number of timesteps by a spacing: "optimal", by `prediction_errors`, or one of `timestep_spacing`."""
@@ -833,7 +842,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             sigma = torch.where(s < 0, 0.0, torch.ones_like(posterior) if learned else (0.5 * ends[0]).exp())
             prediction = self._level_coefficients(f"x_0 from {self.config.prediction_type}")
             multistep = self._multistep_weights(eta) if self._solver_order > 1 else ()
-            columns = (*prediction, of_original, of_sample, sigma, *(of_original * w for w in multistep))
+            known = self._solver_order * 2 - 3  # weights of x̂_0 in this step; the others are complete
+            columns = (*prediction, of_original, of_sample, sigma, *(of_original * w for w in multistep[:known]))
+            columns += multistep[known:]
             columns += tuple(ends) if learned else ()
             table = self._step_tables[key] = self._rounded(columns, like)
         return table
@@ -866,20 +877,32 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         one = torch.where((place >= 1) & (left >= 2), one, 0.0)
         two = [torch.where(usable, two[0], one), torch.where(usable, two[1], 0.0)]
         weights = [one] if order == 2 else [one, *two]
+        if self._corrects:
+            # Of the step that led to t: the line, or the parabola, to x̂_0 at t in the place of what was known before.
+            before = place >= 1
+            share = (0.5 * self._log_alphas_cumprod[s + 1]).exp() * whole  # what x̂_0 weighs in that step
+            line = share * first / h
+            newest = share * (second + back * first) / (h * (h + back))
+            oldest = share * ((second - h * first) / (back * (h + back)) - one)
+            more = [torch.where(before, each.roll(1), 0.0) for each in (line, newest, oldest)]
+            weights += [more[0], *(torch.where(place >= 2, each, 0.0) for each in more[1:])]
         return tuple(torch.zeros(len(self), dtype=w.dtype, device=w.device).index_copy(0, t, w) for w in weights)
 
     def _terms(
         self,
         timestep: int | torch.Tensor,
-        original_sample: torch.Tensor,
-        of_original: torch.Tensor,
+        original: tuple[torch.Tensor, torch.Tensor],
+        sample: tuple[torch.Tensor, torch.Tensor],
         weights: Sequence[torch.Tensor],
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Coefficients and x̂_0 whose products add up to the x̂_0 part of x_s: of this step and the last ones (S3).
+        """Coefficients and tensors whose products add up to x_s: x̂_0 of this step and the last ones, and x_t (S3).
+
+        `original` and `sample` are those of first order, of x̂_0 and of x_t.
 
         A step takes up the last ones only if they were those of the scheduled timesteps before t; for each sample, and
         without looking at a value, which would wait for the device.
         """
+        (of_original, original_sample), (of_sample, x_t) = original, sample
         t, history = self._as_index(timestep, original_sample), self._history
         if self._preceding_table.device != t.device:
             self._preceding_table = self._preceding_table.to(t.device)
@@ -887,16 +910,38 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             known = torch.where(self._preceding_table.index_select(0, t) == self._last_timesteps, self._known + 1, 0)
         else:
             history, known = [], torch.zeros_like(t)
-        self._history = [original_sample, *history][: self._solver_order - 1]
+        self._history = [original_sample, *history][: self._solver_order - 1 + self._corrects]
         self._last_timesteps, self._known = t, known
         known = self._per_sample(known, original_sample)
         used = [torch.where(known >= 1, weights[0], 0.0)]
-        if len(weights) == 3:
+        if self._solver_order == 3:
             used = [torch.where(known >= 2, weights[1], used[0]), torch.where(known >= 2, weights[2], 0.0)]
         terms = list(zip(used, history, strict=False))
         for weight, _ in terms:
             of_original = of_original - weight
-        return [(of_original, original_sample), *terms]
+        if self._corrects and history:
+            x_t = self._corrected(x_t, [original_sample, *history], known, weights[1:4])
+        return [(of_original, original_sample), *terms, (of_sample, x_t)]
+
+    @staticmethod
+    def _corrected(
+        x_t: torch.Tensor, predictions: list[torch.Tensor], known: torch.Tensor, weights: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """x_t, corrected by x̂_0 at t, which the step that led there did not have.
+
+        Args:
+            x_t: in the precision to compute in.
+            predictions: x̂_0 at t, of the last step, and of the one before if there is one.
+            known: number of steps that led to t, of each sample.
+            weights: of the first difference of the predictions, where one step is known; of the first and the second
+                difference, where more are.
+        """
+        line, newest, oldest = weights
+        weight = torch.where(known >= 2, newest, torch.where(known >= 1, line, 0.0))
+        x_t = x_t + weight * (predictions[0] - predictions[1])
+        if len(predictions) > 2:
+            x_t += torch.where(known >= 2, oldest, 0.0) * (predictions[2] - predictions[1])
+        return x_t
 
     def step(
         self,
@@ -943,10 +988,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if predicted_variance is not None:
             log_variance = self._log_variance(predicted_variance, eta, *others[-2:])
             sigma = sigma * _as(working, (0.5 * log_variance).exp())
-        terms = [(of_original, original_sample)]
+        terms = [(of_original, original_sample), (of_sample, x_t)]
         if self._solver_order > 1:
-            terms = self._terms(timestep, original_sample, of_original, others[: 2 * self._solver_order - 3])
-        terms.append((of_sample, x_t))
+            terms = self._terms(timestep, terms[0], terms[1], others)
         if self.config.variance_type != "zero" and (eta > 0 or self.config.variance_type == "analytic"):
             z = _draw(sample, generator) if variance_noise is None else variance_noise.expand(sample.shape).clone()
             x_s = _as(working, z).mul_(sigma)  # summed up in the memory of the noise

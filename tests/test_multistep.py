@@ -91,11 +91,11 @@ def test_the_weights_add_up_to_that_of_the_first_order(order):
 # ---- the order ----
 
 
-def error(order, n, eta):
+def error(order, n, eta, **kwargs):
     """Largest error of the covariance at t = 103 after n equal steps from t = 999, started from q(x_999)."""
     a, b = noise_levels("linear")
     timesteps = [999 - i * (896 // n) for i in range(n + 1)]
-    scheduler = make(order, timesteps, prediction_type="epsilon")
+    scheduler = make(order, timesteps, prediction_type="epsilon", **kwargs)
     # x_s is affine in the start and in each noise: the lines of the batch are 0, the unit vectors, each noise alone.
     noises = 3 * n if eta else 0
     x = torch.cat([torch.zeros(1, 3), torch.eye(3), torch.zeros(noises, 3)]).double()
@@ -124,6 +124,77 @@ def test_the_error_falls_with_the_order(order, eta, slope):
 def test_a_higher_order_is_better_at_few_steps():
     assert error(2, 14, 0.0) < error(1, 14, 0.0) / 10
     assert error(3, 28, 1.0) < error(1, 28, 1.0) / 5
+
+
+# ---- the corrector ----
+
+
+def lagrange_mean(t, s, points, values, eta):
+    """The mean over a step of the polynomial through predictions, by numerical integration."""
+    k, start, end, total = 1 + mpf(eta) ** 2, log_snr(t), log_snr(s), 0
+    for point, value in zip(points, values, strict=True):
+        others = [log_snr(p) for p in points if p != point]
+
+        def weighted(u, point=point, others=others):
+            weight = exp(k * (u - end))
+            for other in others:
+                weight *= (u - other) / (log_snr(point) - other)
+            return weight
+
+        with workdps(18):
+            part = quad(weighted, [start, end])
+        total = total + part * k / (1 - exp(k * (start - end))) * value.numpy().astype(object)
+    return total
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_a_corrected_step_goes_on_from_the_polynomial_with_its_own_prediction(eta):
+    """With the corrector x_t is what the last step would have given, had it known x̂_0 at t."""
+    ladder = [999, 800, 620, 430, 100, 20]
+    products = reference.alphas_cumprod(reference.betas("linear"))
+    predictions, (x,) = random(len(ladder)), random(1, seed=1)
+    scheduler = make(2, ladder, corrector=True, variance_type="zero")
+    xs = run(scheduler, predictions, x, eta=float(eta))
+    corrected = x.numpy().astype(object)
+    for i, (t, s) in enumerate(pairwise(ladder[:-1])):
+        of_original, of_sample, _ = reference.ddim(products, t, s, eta)
+        before = slice(max(0, i - 1), i + 1)
+        mean = lagrange_mean(t, s, ladder[before], predictions[before], eta)
+        expected = of_original * mean + of_sample * corrected
+        np.testing.assert_allclose(xs[i + 1].numpy(), expected.astype(float), rtol=1e-9, atol=1e-11, err_msg=str(t))
+        points = slice(max(0, i - 1), i + 2)
+        corrected = of_original * lagrange_mean(t, s, ladder[points], predictions[points], eta) + of_sample * corrected
+    assert torch.equal(xs[-1], predictions[-1])
+
+
+def test_the_corrector_gains_an_order():
+    errors = [error(2, n, 0.0, corrector=True) for n in (112, 224)]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(3, abs=0.15)
+
+
+def test_nothing_is_corrected_where_the_schedule_jumps():
+    predictions, (x,) = random(3), random(1, seed=1)
+    for jump in ([620, 250], [430, 620], [430, 430]):
+        scheduler = make(2, corrector=True)
+        last = [scheduler.step(x_0, t, x, eta=0.0).prev_sample for t, x_0 in zip(jump, predictions, strict=False)][-1]
+        assert torch.equal(last, first_order(jump[-1], predictions[1], x))
+
+
+def test_the_corrector_is_for_second_order_only():
+    assert "corrector" not in make(2).config and make(2, corrector=True).config.corrector
+    for order in (1, 3):
+        with pytest.raises(ValueError, match=f"corrector is True, but solver_order is {order}; it must be 2"):
+            make(order, corrector=True)
+
+
+def test_a_corrected_run_compiles_as_full_graphs():
+    torch.compiler.reset()
+    scheduler, plain = make(2, corrector=True), make(2, corrector=True)
+    predictions, (x,) = random(len(LADDER), torch.float32), random(1, torch.float32, seed=1)
+    step = torch.compile(scheduler.step, fullgraph=True, backend="aot_eager")
+    for i, t in enumerate(scheduler.timesteps):
+        compiled = step(predictions[i], t, x, eta=0.0, return_dict=False)
+        torch.testing.assert_close(compiled, plain.step(predictions[i], t, x, eta=0.0, return_dict=False))
 
 
 # ---- the history ----

@@ -10,7 +10,7 @@ from test_timesteps import exact_errors
 from custom_ddpm.scheduler import CustomDDPMScheduler
 
 ERRORS = exact_errors("linear", [0.2]).tolist()
-TUNED = ["5 3 0 optimal", "10 2 1 trailing", "40 2 0.5 leading"]
+TUNED = ["3 2c 0 trailing", "5 3 0 optimal", "10 2 1 trailing", "40 2 0.5 leading"]
 
 
 def make(**kwargs):
@@ -30,7 +30,8 @@ def images(scheduler, n, **options):
 def by_hand(n, order, eta, spacing):
     errors = ERRORS if spacing == "optimal" else None
     spacing = "leading" if spacing == "optimal" else spacing
-    plain = make(tuned=None, prediction_errors=errors, solver_order=order, timestep_spacing=spacing)
+    options = {"solver_order": int(str(order)[0]), "corrector": order == "2c", "timestep_spacing": spacing}
+    plain = make(tuned=None, prediction_errors=errors, **options)
     return images(plain, n, eta=eta)
 
 
@@ -40,7 +41,8 @@ def by_hand(n, order, eta, spacing):
         (5, (3, 0.0, "optimal")),
         (10, (2, 1.0, "trailing")),
         (40, (2, 0.5, "leading")),
-        (1, (3, 0.0, "optimal")),  # the nearest, in the ratio
+        (1, ("2c", 0.0, "trailing")),  # the nearest, in the ratio
+        (3, ("2c", 0.0, "trailing")),
         (7, (3, 0.0, "optimal")),
         (8, (2, 1.0, "trailing")),
         (19, (2, 1.0, "trailing")),

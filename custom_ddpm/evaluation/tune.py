@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STEPS = (5, 8, 10, 15, 20, 50)
 SPACINGS = ("optimal", "trailing")
 ETAS = (0.0, 1.0)
-ORDERS = (1, 2, 3)
+ORDERS = ("1", "2", "2c", "3")  # "2c": with the corrector
 FINALISTS = 4  # that are still measured where steps are many, and pictures slow
 MANY = 12  # steps
 FILE = "tuned.json"

@@ -32,9 +32,9 @@ def test_the_best_of_all_candidates_is_saved_and_taken(model, monkeypatch, capsy
     main(["tune", str(model), "--steps", "14", "3", "100", *WORDS])
     output = capsys.readouterr().out
     first = [entry for entry in measured if entry.startswith("3 ")]
-    assert len(first) == len(set(first)) == 12
+    assert len(first) == len(set(first)) == 16
     assert next(entry for entry in measured if entry.startswith("14 ")) == "14 2 0 optimal"
-    assert len(measured) == 12 + tune.FINALISTS  # of many steps only the best of before
+    assert len(measured) == 16 + tune.FINALISTS  # of many steps only the best of before
     assert "FD (runs:small_features), 60 pictures against 1,797 training pictures" in output
     assert "best:        3 2 0 optimal  0" in output
 
