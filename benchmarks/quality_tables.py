@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+OURS = ("default", "by hand", "stock", "ddpm")
 Row = dict[str, Any]
 
 
@@ -26,17 +27,22 @@ def _distance(row: Row) -> tuple[float, float]:
     return tuple(row[name])
 
 
+def _shown(name: str) -> str:
+    """A recipe of this package by its full name, a peer by its own."""
+    return f"custom-ddpm, {name}" if name in OURS else name
+
+
 def table(rows: list[Row]) -> str:
     """One line for each contender and number of minutes, with the ratio of its distance to the default recipe's."""
     ours = {row["minutes"]: _distance(row)[0] for row in rows if row["name"] == "default" and row["seed"] == 0}
-    lines = ["| contender | parameters | minutes | pictures seen | PFLOP | FD | ± | FD / ours |", "|---|" + "---:|" * 7]
+    lines = ["| contender | parameters | minutes | pictures seen | TFLOP | FD | ± | FD / ours |", "|---|" + "---:|" * 7]
     for row in sorted(rows, key=lambda row: (row["name"] != "default", row["name"], row["minutes"], row["seed"])):
         value, error = _distance(row)
         ratio = f"{value / ours[row['minutes']]:.1f}" if row["minutes"] in ours else "–"
         seed = f", seed {row['seed']}" if row["seed"] else ""
-        work = row["pictures"] * row["flops_per_picture"] / 1e15
-        cells = [row["name"] + seed, f"{row['parameters']:,}", f"{row['minutes']:g}", f"{row['pictures']:,}"]
-        cells += [f"{work:.2f}", f"{value:.1f}", f"{error:.1f}", ratio]
+        work = row["pictures"] * row["flops_per_picture"] / 1e12
+        cells = [_shown(row["name"]) + seed, f"{row['parameters']:,}", f"{row['minutes']:g}", f"{row['pictures']:,}"]
+        cells += [f"{work:.1f}", f"{value:.1f}", f"{error:.1f}", ratio]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -55,14 +61,14 @@ def curves(rows: list[Row], file: Path) -> None:
             points = sorted((cost(row), *_distance(row)) for row in rows if row["name"] == name and row["pictures"])
             x, y, error = zip(*points, strict=True)
             style = {"color": f"C{index}", "marker": "osDv^<>pP"[index], "markersize": 5}
-            axis.errorbar(x, y, error, label=name, linewidth=2.5 if name == "default" else 1.2, **style)
+            axis.errorbar(x, y, error, label=_shown(name), linewidth=2.5 if name == "default" else 1.2, **style)
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(alpha=0.3)
+        axis.minorticks_off()
     axes[0].set_ylabel("Fréchet distance (lower is better)")
     axes[0].set_xticks(
         sorted({row["minutes"] for row in rows}), [f"{m:g}" for m in sorted({r["minutes"] for r in rows})]
     )
-    axes[0].minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -77,7 +83,7 @@ def pictures(rows: list[Row], folder: Path, file: Path, columns: int = 5, lines:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
     for i, name in enumerate(names):
-        axes[i, 0].set_ylabel(name.replace(", ", ",\n").replace("-diffusion-", "-\ndiffusion-"), fontsize=9)
+        axes[i, 0].set_ylabel(_shown(name).replace(", ", ",\n").replace("-diffusion-", "-\ndiffusion-"), fontsize=9)
         for j, each in enumerate(minutes):
             if i == 0:
                 axes[i, j].set_title(f"{each:g} min", fontsize=10)

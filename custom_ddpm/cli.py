@@ -89,10 +89,11 @@ def analytic_variance(args: argparse.Namespace) -> None:
     data, _ = open_data(parse_config(["--config", str(folder / CONFIG_FILE)]), PartialState())
     variances = measure_errors(pipeline, data, args.num_images, args.batch_size, args.seed)
     scheduler = CustomDDPMScheduler.from_config(
-        pipeline.scheduler.config, variance_type="analytic", original_sample_variances=variances
+        pipeline.scheduler.config, variance_type="analytic", original_sample_variances=variances, tuned=None
     )
     scheduler.save_pretrained(folder / "scheduler")
-    print(f"variance_type 'analytic', from {args.num_images} pictures, in {folder / 'scheduler'}")
+    count = min(args.num_images, data.num_images or args.num_images)
+    print(f"variance_type 'analytic', from {count} pictures, in {folder / 'scheduler'}")
 
 
 def diagnose(args: argparse.Namespace) -> None:

@@ -204,13 +204,13 @@ def _settings(sample_set: "SampleSet", args: argparse.Namespace) -> dict[str, An
     }
 
 
-def _write_trajectory(sample_set: "SampleSet", file: Path) -> list[str]:
+def _write_trajectory(sample_set: "SampleSet", file: Path, batch_size: int) -> list[str]:
     """Draw the first pictures of a set again, and write how they come about: moving, and as a strip of the first."""
     import torch
 
     from .trajectory import save_animation, trajectory_frames, trajectory_strip
 
-    seeds = sample_set.seeds[:MOVING_PICTURES]
+    seeds = sample_set.seeds[: min(MOVING_PICTURES, batch_size)]
     pipeline, labels = sample_set.pipeline, sample_set.labels and sample_set.labels[: len(seeds)]
     device = pipeline._execution_device
     trajectory = pipeline(
@@ -262,7 +262,8 @@ def sample(args: argparse.Namespace) -> None:
             made.append(sample_set.write_metadata(names).name)
         if args.trajectory is not None:
             with _sampling_errors(pipeline, args.batch_size):
-                print(f"trajectory: {' and '.join(_write_trajectory(sample_set, Path(args.trajectory)))}")
+                files = _write_trajectory(sample_set, Path(args.trajectory), args.batch_size)
+                print(f"trajectory: {' and '.join(files)}")
         print(f"{args.num_images} pictures and {' and '.join(made)} in {folder}")
     state.wait_for_everyone()
 

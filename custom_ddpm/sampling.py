@@ -47,7 +47,10 @@ def clipping(scheduler: Any) -> dict[str, Any]:
 
 def fast_sampler(scheduler: Any) -> Any:
     """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095) for the noise schedule of a scheduler."""
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing", **clipping(scheduler))
+    own = ("tuned", "prediction_errors", "corrector")  # of which diffusers would warn
+    config = {name: value for name, value in scheduler.config.items() if name not in own}
+    options = {"timestep_spacing": "trailing", "solver_order": 2, **clipping(scheduler)}
+    return DPMSolverMultistepScheduler.from_config(config, **options)
 
 
 def draw_batch(pipeline: Any, seeds: Sequence[int], labels: Sequence[Any] | None, **options: Any) -> torch.Tensor:

@@ -147,7 +147,7 @@ def _make_errors(name: str, user: str, config: Any, needed: bool) -> torch.Tenso
     """`original_sample_variances` or `prediction_errors` in float64, (T,); empty if None, checked if they are used."""
     values = torch.as_tensor([] if config[name] is None else config[name], dtype=torch.float64)
     T = config.num_train_timesteps
-    if needed and (values.shape != (T,) or not (values >= 0).all()):
+    if needed and (values.shape != (T,) or not ((values >= 0) & values.isfinite()).all()):
         raise ValueError(f"{user} {name}: {T} numbers >= 0, one per timestep; got {len(values)}")
     return values
 
@@ -192,7 +192,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             any number of steps is then where the steps leave out least (S4), instead of by `timestep_spacing`.
         tuned: what was best for a number of steps, as measured by `custom-ddpm tune`: "STEPS SOLVER_ORDER ETA SPACING",
             such as "10 2 0 optimal"; SPACING is "optimal", by `prediction_errors`, or one of `timestep_spacing`.
-            `set_timesteps` takes the nearest, `step` its η; all T steps are Algorithm 2 as it stands.
+            `set_timesteps` takes the nearest, if it is not less than half, `step` its η; all T steps are Algorithm 2.
         corrector: for `solver_order` 2, whether a step first corrects x_t by the x̂_0 that the model has there, as the
             step that led to x_t could not (S3; Zhao et al. 2023, arXiv:2302.04867). In `tuned` it is order "2c".
 
@@ -271,9 +271,18 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; the `solver_order` of another scheduler's file is not taken over, only one that is given."""
-        if config and config.get("_class_name", cls.__name__) != cls.__name__:
-            config = {name: value for name, value in config.items() if name != "solver_order"}
+        """As in diffusers; of another scheduler's file `solver_order` and `corrector` are not taken over.
+
+        What is given goes before what was tuned: with `solver_order`, `corrector` or `timestep_spacing` and without
+        `tuned` there is no `tuned`, with `timestep_spacing` alone no `prediction_errors` either.
+        """
+        if isinstance(config, dict):
+            if config.get("_class_name", cls.__name__) != cls.__name__:
+                config = {name: value for name, value in config.items() if name not in ("solver_order", "corrector")}
+            if config.get("tuned") is not None and {"solver_order", "corrector", "timestep_spacing"} & kwargs.keys():
+                kwargs.setdefault("tuned", None)
+            if config.get("prediction_errors") is not None and "timestep_spacing" in kwargs:
+                kwargs.setdefault("prediction_errors", None)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _build_tables(self, betas: torch.Tensor) -> None:
@@ -292,6 +301,10 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.betas = betas.float()
         self.alphas = (1.0 - betas).float()
         self.alphas_cumprod = self._log_alphas_cumprod[1:].exp().float()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin without the predictions of earlier steps, which may hold a graph of gradients."""
+        return {**self.__dict__, "_history": [], "_last_timesteps": torch.empty(0), "_known": torch.empty(0)}
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -337,18 +350,25 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _setting(self, num_inference_steps: int | None) -> Setting:
         """Order, η and spacing for a number of steps: the nearest of `tuned`, or those of the configuration."""
-        spacing = self.config.timestep_spacing if self.config.get("prediction_errors") is None else "optimal"
-        if not self._tuned or num_inference_steps is None or num_inference_steps < 1:
-            return Setting(self._given_order, self._given_corrector, 1.0, spacing)
-        if num_inference_steps == self.config.num_train_timesteps:
+        if self._tuned and num_inference_steps == self.config.num_train_timesteps:
             return Setting(1, False, 1.0, self.config.timestep_spacing)  # Algorithm 2
-        return self._tuned[min(self._tuned, key=lambda n: abs(math.log(n / num_inference_steps)))]
+        spacing = self.config.timestep_spacing if self.config.get("prediction_errors") is None else "optimal"
+        plain = Setting(self._given_order, self._given_corrector, 1.0, spacing)
+        return self._tuned_setting(num_inference_steps) or plain
+
+    def _tuned_setting(self, num_inference_steps: int | None) -> Setting | None:
+        if not self._tuned or num_inference_steps is None or num_inference_steps < 1:
+            return None
+        nearest = min(self._tuned, key=lambda n: abs(math.log(n / num_inference_steps)))
+        # What is best in few steps says nothing of many more.
+        return None if num_inference_steps > 2 * nearest else self._tuned[nearest]
 
     def tuned_for(self, num_inference_steps: int | None) -> str | None:
         """In words, what `tuned` has for a number of steps; None where the configuration alone decides."""
-        if not self._tuned or num_inference_steps in (None, self.config.num_train_timesteps):
+        setting = self._tuned_setting(num_inference_steps)
+        if setting is None or num_inference_steps == self.config.num_train_timesteps:
             return None
-        order, corrects, eta, spacing = self._setting(num_inference_steps)
+        order, corrects, eta, spacing = setting
         kind = f"{order}{', corrected' if corrects else ''}"
         return f"steps of order {kind}, eta {eta:g}, {spacing} timesteps, as tuned for this model"
 
@@ -831,7 +851,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         # Settings may be changed after `set_timesteps`, by `register_to_config`.
         settings = self.config.variance_type, self.config.prediction_type
-        key = (eta, like.device, like.dtype, like.ndim, *settings)
+        key = (float(eta), like.device, like.dtype, like.ndim, *settings)
         table = self._step_tables.get(key)
         if table is None:
             t, s = torch.arange(len(self), device="cpu"), self._previous_table
@@ -884,6 +904,10 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             line = share * first / h
             newest = share * (second + back * first) / (h * (h + back))
             oldest = share * ((second - h * first) / (back * (h + back)) - one)
+            # From ᾱ = 0, infinitely far away, a step cannot be corrected; of the next one the parabola is the line.
+            line = torch.where(h.isfinite(), line, 0.0)
+            newest = torch.where(back.isfinite(), newest, line)
+            oldest = torch.where(back.isfinite(), oldest, 0.0)
             more = [torch.where(before, each.roll(1), 0.0) for each in (line, newest, oldest)]
             weights += [more[0], *(torch.where(place >= 2, each, 0.0) for each in more[1:])]
         return tuple(torch.zeros(len(self), dtype=w.dtype, device=w.device).index_copy(0, t, w) for w in weights)
@@ -910,7 +934,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             known = torch.where(self._preceding_table.index_select(0, t) == self._last_timesteps, self._known + 1, 0)
         else:
             history, known = [], torch.zeros_like(t)
-        self._history = [original_sample, *history][: self._solver_order - 1 + self._corrects]
+        # A copy: the one that is returned may be changed, or be the memory of the model's output.
+        self._history = [original_sample.clone(), *history][: self._solver_order - 1 + self._corrects]
         self._last_timesteps, self._known = t, known
         known = self._per_sample(known, original_sample)
         used = [torch.where(known >= 1, weights[0], 0.0)]

@@ -10,6 +10,7 @@ This file imports nothing of the package: it is saved beside `scheduler.py` in e
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -141,14 +142,22 @@ def optimal_timesteps(log_alphas_cumprod: torch.Tensor, errors: Sequence[float],
     Returns:
         int64 (num_steps,), descending from T−1.
     """
-    log = np.concatenate([[0.0], log_alphas_cumprod.numpy()])  # index t+1, as in all that follows
+    if num_steps == len(log_alphas_cumprod):
+        return np.arange(num_steps)[::-1].copy()
+    return _optimal_timesteps(tuple(log_alphas_cumprod.tolist()), tuple(errors), num_steps).copy()
+
+
+@lru_cache(maxsize=32)
+def _optimal_timesteps(log_alphas_cumprod: tuple[float, ...], errors: tuple[float, ...], num_steps: int) -> np.ndarray:
+    log = np.concatenate([[0.0], log_alphas_cumprod])  # index t+1, as in all that follows
     T = len(log) - 1
     # x̂_0 is better the less noise there is; where the measurement says otherwise, it is the measurement.
     error = np.concatenate([[0.0], np.maximum.accumulate(np.asarray(errors, dtype=np.float64))])
     with np.errstate(divide="ignore", invalid="ignore"):
         log_noise_to_signal = np.log(-np.expm1(log)) - log  # −2λ
         kept = np.exp(0.5 * (log_noise_to_signal[None, :] - log_noise_to_signal[:, None]))  # e^{−h}; row t, column s
-    cost = np.where(np.tri(T + 1, k=-1, dtype=bool), (1.0 - kept) ** 2 * (error[:, None] - error[None, :]), np.inf)
+        cost = (1.0 - kept) ** 2 * (error[:, None] - error[None, :])
+    cost = np.where(np.tri(T + 1, k=-1, dtype=bool), cost, np.inf)
     best = np.full(T + 1, np.inf)  # the least cost from each timestep to x_0, in so many steps
     best[0] = 0.0
     next_steps = []

@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         """A shallow copy of the pipeline with the state of one call, so that calls cannot disturb each other."""
         _check_interval(guidance_interval, guidance_scale)
         call = copy.copy(self)
-        call.scheduler = copy.deepcopy(self.scheduler)
+        call.scheduler = self._sampler()
         call._guidance_scale, call._interrupt, call._recorded = float(guidance_scale), False, []
         call._guidance_interval = guidance_interval
         n = num_inference_steps or call.scheduler.config.num_train_timesteps
@@ -219,6 +219,17 @@ class CustomDDPMPipeline(DiffusionPipeline):
             _SAID.add((n, tuned))
             logger.warning(f"{n} {tuned}")
         return call
+
+    def _sampler(self) -> Any:
+        """The scheduler of one call."""
+        return copy.deepcopy(self.scheduler)
+
+    def _first_order_sampler(self) -> Any:
+        """The scheduler of one call, without what was tuned and without earlier predictions."""
+        scheduler = copy.deepcopy(self.scheduler)
+        if type(scheduler).__name__ != "CustomDDPMScheduler":
+            return scheduler
+        return scheduler.from_config(scheduler.config, tuned=None, solver_order=1, corrector=False)
 
     def _denoise(
         self,
@@ -268,12 +279,14 @@ class CustomDDPMPipeline(DiffusionPipeline):
     def _record(self, chosen: Any) -> None:
         """Choose the steps whose states are returned; `chosen` is `return_trajectory`."""
         n = self._num_timesteps
-        if isinstance(chosen, bool):
+        if isinstance(chosen, bool | np.bool_):
             steps = range(n if chosen else 0)
         elif isinstance(chosen, numbers.Integral):
             if chosen < 2:
                 raise ValueError(f"return_trajectory is {chosen}; as a number of states it must be at least 2")
             steps = np.linspace(0, n, min(int(chosen), n + 1)).round().astype(int).tolist()[:-1]
+        elif not isinstance(chosen, Iterable):
+            raise ValueError(f"return_trajectory is {chosen!r}; it must be True, a number of states or a list of steps")
         else:
             steps = list(chosen)
             wrong = [i for i in steps if not isinstance(i, numbers.Integral) or not -n <= i < n]

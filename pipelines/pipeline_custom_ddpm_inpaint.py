@@ -117,9 +117,10 @@ class CustomDDPMInpaintPipeline(CustomDDPMPipeline):
         channels, size = self.unet.config.in_channels, self._picture_size()
         if mask_image is not None:
             given, mask = read_pictures(image, channels, size), read_mask(mask_image, size)
-            sizes, of_mask = set(picture_sizes(image)), set(picture_sizes(mask_image))
-            if len(sizes | of_mask) > 1 and sizes != of_mask:
-                shown = [" and ".join(f"{w}x{h}" for h, w in sorted(each)) for each in (of_mask, sizes)]
+            sizes, of_mask = picture_sizes(image), picture_sizes(mask_image)
+            alike = len(sizes) == len(of_mask) and list(sizes) == list(of_mask)
+            if len({*sizes, *of_mask}) > 1 and not alike:
+                shown = [" and ".join(f"{w}x{h}" for h, w in dict.fromkeys(each)) for each in (of_mask, sizes)]
                 raise ValueError(f"mask_image is {shown[0]}, image is {shown[1]}; they must have one size")
             if not bool(mask.flatten(1).any(1).all()):
                 raise ValueError("mask_image has no white pixel (at least 1/2, or 128 of 255), so nothing is to draw")
@@ -145,6 +146,10 @@ class CustomDDPMInpaintPipeline(CustomDDPMPipeline):
             raise ValueError(f"scale_factor is {scale_factor}; it must be at least 2 and divide {width}x{height}")
         small = read_pictures(image, channels, (height // scale_factor, width // scale_factor))
         return small.repeat_interleave(scale_factor, 2).repeat_interleave(scale_factor, 3), None
+
+    def _sampler(self) -> Any:
+        """The scheduler of one call: resampling undoes what earlier steps predicted, and needs steps with noise."""
+        return self._first_order_sampler()
 
     def _find_levels(self) -> None:
         """For each step the noise level that it goes to, and the way back: √ᾱ_s, √(1−ᾱ_s), √(ᾱ_t/ᾱ_s), √(1−ᾱ_t/ᾱ_s)."""
@@ -207,7 +212,10 @@ class CustomDDPMInpaintPipeline(CustomDDPMPipeline):
         if self._known is None:
             for _ in range(_CLIPPING_ROUNDS):
                 x = self._with_known(x, self._given).clamp(-1, 1)
-        return self._with_known(x, self._given)
+        x = self._with_known(x, self._given)
+        if self._recorded and self._recorded[-1][0] < 0:  # the trajectory ends with the result
+            self._recorded[-1] = (self._recorded[-1][0], x, x)
+        return x
 
 
 def _common_count(labels: int, given: torch.Tensor, mask: torch.Tensor | None) -> int:

@@ -152,6 +152,10 @@ class CustomDDPMInterpolationPipeline(CustomDDPMPipeline):
         call._angles = np.arctan2(np.sqrt(-np.expm1(logs)), np.exp(logs / 2)).tolist()
         return call, labels
 
+    def _sampler(self) -> Any:
+        """The scheduler of one call; its noise levels alone are used."""
+        return self._first_order_sampler()
+
     def _flow(self, x: torch.Tensor, labels: list[int] | None, forward: bool) -> torch.Tensor:
         """Integrate from the picture at the lowest noise level to the noise at the highest, or back."""
         class_labels = None if labels is None else torch.tensor(labels, device=x.device)

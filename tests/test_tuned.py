@@ -1,5 +1,7 @@
 """What a tuned scheduler takes for a number of steps, and what the pipeline says of it."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -47,7 +49,8 @@ def by_hand(n, order, eta, spacing):
         (8, (2, 1.0, "trailing")),
         (19, (2, 1.0, "trailing")),
         (21, (2, 0.5, "leading")),
-        (500, (2, 0.5, "leading")),
+        (80, (2, 0.5, "leading")),
+        (81, (1, 1.0, "optimal")),  # more than twice as many
     ],
 )
 def test_the_nearest_entry_is_taken(n, how):
@@ -128,3 +131,53 @@ def test_the_pipeline_says_once_how_it_steps(monkeypatch):
     for n in (5, 5, 4, steps):
         pipeline(num_inference_steps=n)
     assert messages == [f"{n} steps of order 2, eta 0, trailing timesteps, as tuned for this model" for n in (5, 4)]
+
+
+def test_what_is_given_goes_before_what_was_tuned():
+    config = CustomDDPMScheduler(tuned=["10 2c 0 trailing"], prediction_errors=[0.1] * 1000).config
+    given = CustomDDPMScheduler.from_config(config, solver_order=3, timestep_spacing="trailing")
+    plain = CustomDDPMScheduler(solver_order=3, timestep_spacing="trailing")
+    for scheduler in (given, plain):
+        scheduler.set_timesteps(10)
+    assert torch.equal(given.timesteps, plain.timesteps)
+    x, output = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in given.timesteps[:4]:
+        results = [s.step(output, t, x, generator=torch.Generator().manual_seed(1)).prev_sample for s in (given, plain)]
+        assert torch.equal(*results)
+
+
+def test_a_number_of_steps_far_from_all_tuned_ones_is_not_tuned():
+    scheduler = CustomDDPMScheduler(tuned=["10 2 0 trailing"])
+    assert scheduler.tuned_for(20) is not None and scheduler.tuned_for(21) is None
+
+
+def test_the_corrector_from_zero_signal_is_finite_and_right():
+    """With a model that always predicts the same x̂_0 no correction changes anything."""
+    options = {"prediction_type": "sample", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    x_0 = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
+    results = []
+    for own in ({"solver_order": 2, "corrector": True}, {}):
+        scheduler = CustomDDPMScheduler(**options, **own)
+        scheduler.set_timesteps(10)
+        x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps[:-1]:
+            x = scheduler.step(x_0, t, x, eta=0.0).prev_sample
+        results.append(x)
+    torch.testing.assert_close(*results)
+
+
+def test_predictions_of_earlier_steps_are_copies_and_are_not_copied():
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    results = []
+    for changed in (False, True):
+        scheduler = CustomDDPMScheduler(solver_order=2)
+        scheduler.set_timesteps(10)
+        sample = x.clone().requires_grad_()
+        for t in scheduler.timesteps[:3]:
+            step = scheduler.step(0.1 * sample, t, sample, eta=0.0)
+            sample = step.prev_sample
+            if changed:
+                step.pred_original_sample.detach().mul_(100.0)
+                copy.deepcopy(scheduler)  # which a graph of gradients would prevent
+        results.append(sample.detach())
+    assert torch.equal(*results)

@@ -145,7 +145,11 @@ def tune(args: argparse.Namespace) -> None:
     config = parse_config(["--config", str(folder / CONFIG_FILE)])
     given = {"dataset_name": args.against, "train_data_dir": None} if args.against else {}
     changes = {"train_batch_size": args.batch_size, "eval_num_images": args.num_images, "seed": args.seed}
-    config = dataclasses.replace(config, eval_features=args.features or config.eval_features, **changes, **given)
+    try:
+        config = dataclasses.replace(config, eval_features=args.features or config.eval_features, **changes, **given)
+    except ValueError as error:
+        text = str(error).replace("--eval_num_images", "--num_images").replace("--train_batch_size", "--batch_size")
+        raise ValueError(text) from None
     pipeline = CustomDDPMPipeline.from_pretrained(folder).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     if not isinstance(pipeline.scheduler, CustomDDPMScheduler):

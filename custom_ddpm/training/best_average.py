@@ -85,6 +85,9 @@ def save_average(folder: Path, best: Measured, output_dir: Path) -> None:
     pipeline = CustomDDPMPipeline.from_pretrained(folder)
     if best.sigma_rel is not None:
         pipeline.unet.load_state_dict(reconstruct(folder, best.sigma_rel))
+        # What was measured with the former weights.
+        config = pipeline.scheduler.config
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, tuned=None, prediction_errors=None)
     pipeline.to(torch.device("cpu")).save_pretrained(output_dir)
     config = parse_config(["--config", str(folder / CONFIG_FILE)])
     step = max((line["step"] for line in read_metrics(folder)), default=0)

@@ -54,14 +54,15 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], **options: Any):
         named = list(named_parameters)
-        super().__init__([parameter for _, parameter in named], **options)
-        self._hidden = [p for name, p in named if p.ndim >= 2 and not any(part in name for part in OTHERS)]
+        hidden = [p.ndim >= 2 and not any(part in name for part in OTHERS) for name, p in named]
+        super().__init__([{"params": [parameter for _, parameter in named], "hidden": hidden}], **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; the weights stay as they are if `found_inf`, as a GradScaler sets it, is 1."""
         group = self.param_groups[0]
-        if hidden := [parameter for parameter in self._hidden if parameter.grad is not None]:
+        marked = zip(group["params"], group["hidden"], strict=True)
+        if hidden := [parameter for parameter, is_hidden in marked if is_hidden and parameter.grad is not None]:
             self._update(hidden, group["lr"], group["weight_decay"])
             for parameter in hidden:
                 parameter.grad = None  # AdamW passes over it
@@ -96,4 +97,5 @@ class Muon(torch.optim.AdamW):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["step"] = torch.zeros(())  # which AdamW looks for in every state
         return state["momentum"]

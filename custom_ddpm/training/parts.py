@@ -222,7 +222,9 @@ def build_model(
     except ValueError as error:
         raise ValueError(f"--init_from {config.init_from}: {error}") from None
     pipeline.unet.register_to_config(sample_size=_sample_size(data))
-    return config, pipeline.unet, pipeline.scheduler
+    # What `custom-ddpm tune` measured holds for the former weights only.
+    scheduler = CustomDDPMScheduler.from_config(pipeline.scheduler.config, tuned=None, prediction_errors=None)
+    return config, pipeline.unet, scheduler
 
 
 def _with_settings_of(pipeline: CustomDDPMPipeline, config: TrainingConfig) -> TrainingConfig:

@@ -23,7 +23,7 @@ from .sharding import join, local_part, part_of, reshard, weights_of
 
 UNET_FILE = "unet.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-MOMENTS = ({"exp_avg", "exp_avg_sq", "step"}, {"momentum"})  # of AdamW, and of Muon
+MOMENTS = ({"exp_avg", "exp_avg_sq", "step"}, {"momentum", "step"})  # of AdamW, and of Muon
 EMA_FILE = "ema.safetensors"
 POSTHOC_EMA_FILE = "posthoc_ema.safetensors"
 SAMPLER_FILE = "timestep_sampler.safetensors"

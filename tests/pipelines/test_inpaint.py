@@ -287,3 +287,23 @@ def test_samplers_that_do_not_fit(picture, mask, scheduler_class):
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=f"{scheduler_class.__name__} keeps what earlier steps predicted"):
         draw(pipeline, picture, mask)
+
+
+def test_tuned_steps_are_not_those_of_resampling():
+    """A tuned scheduler, of higher order and without noise, is used in first order with noise."""
+    plain, tuned = exact_pipeline(CustomDDPMScheduler), exact_pipeline(CustomDDPMScheduler)
+    config = tuned.scheduler.config
+    tuned.scheduler = CustomDDPMScheduler.from_config(config, tuned=["25 2c 0 trailing"], solver_order=3)
+    tuned.scheduler = CustomDDPMScheduler.from_config(tuned.scheduler.config, tuned=["25 2c 0 trailing"])
+    for known in ("mask_image", "scale_factor"):
+        (mean, covariance), _ = drawn(plain, known, 25, 2)
+        (mean_2, covariance_2), _ = drawn(tuned, known, 25, 2)
+        assert np.array_equal(mean, mean_2) and np.array_equal(covariance, covariance_2)
+
+
+def test_the_trajectory_ends_with_the_result():
+    y = np.array([[0.75]], np.float32)
+    found = exact_pipeline(CustomDDPMScheduler)(
+        y[None, ..., None], scale_factor=2, num_inference_steps=5, output_type="latent", return_trajectory=True
+    )
+    assert torch.equal(found.trajectory.samples[-1], found.images)

@@ -89,7 +89,7 @@ def test_first_last_and_embedding_layers_are_adamws():
         hidden = name.endswith("weight") and one.ndim > 1 and name.split(".")[0].endswith(("blocks", "block"))
         assert torch.equal(one, two) != (hidden and "time_emb_proj" not in name), name
     assert {frozenset(state) for state in muon.state.values()} == {
-        frozenset({"momentum"}),
+        frozenset({"momentum", "step"}),
         frozenset({"exp_avg", "exp_avg_sq", "step"}),
     }
 
@@ -113,3 +113,25 @@ def test_a_step_that_is_skipped_changes_nothing():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert not torch.equal(named[0][1], before[0])
+
+
+def test_a_copy_goes_on_as_the_optimiser_itself():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.Conv2d(4, 2, 1))
+
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+
+    optimizer = Muon(model.named_parameters(), lr=0.1, fused=True)
+    steps(model, optimizer, 0, 2)
+    model_2, optimizer_2 = copy.deepcopy((model, optimizer))
+    model_3 = copy.deepcopy(model)
+    optimizer_3 = Muon(model_3.named_parameters(), lr=0.1, fused=True)
+    optimizer_3.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in ((model, optimizer), (model_2, optimizer_2), (model_3, optimizer_3)):
+        steps(*each, 2, 4)
+    for one, two, three in zip(*(each.parameters() for each in (model, model_2, model_3)), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
