@@ -111,13 +111,18 @@ class GroupNormSiLU(nn.GroupNorm):
         weight: torch.Tensor = self.weight
         bias: torch.Tensor = self.bias
         groups, shape = self.num_groups, x.shape
+        if not x.is_contiguous():  # channels_last, which the following would undo
+            hidden = F.group_norm(x, groups, weight, bias, self.eps)
+            if scale is not None and shift is not None:
+                hidden = hidden * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+            return F.silu(hidden)
         if scale is not None and shift is not None:
             # A batch with weights of its own for each sample is one sample with B · C channels.
             weight, bias = (weight * (1 + scale)).flatten(), (bias * (1 + scale) + shift).flatten()
             groups, x = groups * len(x), x.flatten(0, 1)[None]
         if not torch.is_grad_enabled() or x.numel() < self.MIN_ELEMENTS:
             return F.silu(F.group_norm(x, groups, weight, bias, self.eps)).view(shape)
-        return _GroupNormSiLU.apply(x.contiguous(), weight, bias, groups, self.eps).view(shape)
+        return _GroupNormSiLU.apply(x, weight, bias, groups, self.eps).view(shape)
 
 
 class ResidualBlock(nn.Module):
