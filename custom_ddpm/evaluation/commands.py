@@ -231,7 +231,9 @@ def add_commands(command: Command, commands: Any) -> None:
     sub.add_argument("dataset", help="labelled dataset, or folder with one sub-folder per class")
     sub.add_argument("--output_dir", required=True, help="folder to write")
     sub.add_argument("--split", default="train", help="split to train on; a tenth of it is held out")
-    sub.add_argument("--resolution", type=int, nargs="+", default=None, help="size of the pictures")
+    sub.add_argument(
+        "--resolution", type=int, nargs="+", default=None, help="size of the pictures; if none, as a run chooses it"
+    )
     sub.add_argument("--name", default=None, help="printed with every number; by default that of the dataset")
     sub.add_argument("--steps", type=int, default=1000, help="optimiser steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of the weights and the order")

@@ -216,7 +216,8 @@ def open_dataset(
         path: as `dataset_name` of `open_images`, or a folder of pictures, or a file NAME.npz.
         split: split expression.
         num_images: number of pictures, chosen at random; all if None or if there are fewer.
-        resolution: one number, or height and width; None: that of the first picture of a folder or an NPZ file.
+        resolution: one number, or height and width; None: that of the first picture of a folder or an NPZ file; with
+            `class_conditional`, the size that a run would train at.
         channels: 1, 3 or 4 to convert to; None: those of the pictures.
         class_conditional, id2label, cache_dir: see `open_images`.
 
@@ -230,10 +231,10 @@ def open_dataset(
             raise ValueError(f"{path} has pictures of {size}; they are not resized, resolution is {list(resolution)}")
         return ArrayPictures(pictures.images[:num_images], path)
     folder = _picture_folder(path)
-    if folder is not None and resolution is None:
+    if folder is not None and resolution is None and not class_conditional:
         with PIL.Image.open(folder.pictures[0].path) as first:
             resolution = (first.height, first.width)
-    if resolution is None:
+    if resolution is None and not class_conditional:
         raise ValueError(f"the size of the pictures of {path} is not known; give it with --resolution")
     source: dict[str, Any] = {"dataset_name": path} if folder is None else {"train_data_dir": folder}
     with process_state().local_main_process_first():

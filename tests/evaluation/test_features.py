@@ -10,6 +10,7 @@ import pytest
 import torch
 from runs import DIGITS
 
+from custom_ddpm.cli import main
 from custom_ddpm.evaluation.classifier import train_classifier
 from custom_ddpm.evaluation.features import Classifier, load_features
 from custom_ddpm.evaluation.pictures import open_dataset
@@ -67,6 +68,12 @@ def test_a_damaged_folder_is_refused(classifier, tmp_path):
     (tmp_path / "features.safetensors").write_bytes((classifier[0] / "features.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="holds no features"):
         load_features(str(tmp_path))
+
+
+def test_a_classifier_is_trained_at_the_size_that_a_run_would_have(tmp_path):
+    main(["features", "train", DIGITS, "--steps", "2", "--output_dir", str(tmp_path / "features")])
+    config = json.loads((tmp_path / "features" / "features.json").read_text())
+    assert (config["height"], config["width"]) == (8, 8)  # the digits' own
 
 
 def test_data_without_labels_is_refused(tmp_path):
