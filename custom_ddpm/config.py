@@ -205,6 +205,9 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
         "running", None, "precision of the model's arithmetic; as accelerate is configured if not given"
     )
+    cpu_threads: int | None = _flag(
+        "running", None, "threads of a process on a CPU; all cores, or fewer where that is faster, if not given"
+    )
     gradient_checkpointing: bool = _flag("running", False, "recompute activations to save memory")
     channels_last: bool = _chosen("running", "memory layout that is faster on GPUs with bf16 or fp16")
     torch_compile: bool = _chosen("running", "compile the model")
@@ -232,7 +235,7 @@ class TrainingConfig:
 AT_LEAST_ONE = (
     "train_batch_size gradient_accumulation_steps num_epochs max_train_steps ddpm_num_steps layers_per_block "
     "checkpointing_steps checkpoints_total_limit save_images_steps eval_batch_size ddpm_num_inference_steps "
-    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps eval_steps patch_size"
+    "logging_steps norm_num_groups attention_head_dim posthoc_ema_steps eval_steps patch_size cpu_threads"
 ).split()
 POSITIVE = (
     "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time time_budget".split()

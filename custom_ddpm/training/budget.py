@@ -1,10 +1,10 @@
-"""What this machine does fast: bf16 or float32, and the number of optimiser steps that fit into the time of a run."""
+"""What this machine does fast: bf16 or float32, threads, and the optimiser steps that fit into the time of a run."""
 
 import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from ..evaluation.records import CONFIG_FILE
 from ..flags import parse_config
 from ..recipe import GRIDS
 from ..scheduler import CustomDDPMScheduler
-from .launch import get_logger, set_cpu_threads
+from .launch import get_logger, threads_were_chosen
 from .loop import Loss, training_steps
 from .randomness import sample_positions
 
@@ -33,6 +33,7 @@ ENDING = 8.0
 MIN_STEPS = 10
 GRID_SHARE = 0.05  # largest share of the time that the sample grids before the last one take
 MIN_SPEED = 1.2  # of bf16, relative to float32, from which on it is used
+FEWER = 1.3  # speed with fewer threads, relative to all, from which on they are used
 
 
 class _NoUpdates:
@@ -98,11 +99,12 @@ def choose_precision(config: TrainingConfig) -> tuple[TrainingConfig, str | None
         faster = not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         reason = "several processes do not measure it"
     else:
-        if on_cpu:
-            set_cpu_threads(1)
         device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
         assert device is not None
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # where another program uses a core, several wait for each other
         ratio = bf16_speed(device)
+        torch.set_num_threads(threads)
         faster, reason = ratio > MIN_SPEED, f"bf16 is {ratio:.1f}x as fast as float32 here"
     chosen: Literal["bf16", "no"] = "bf16" if faster else "no"
     return dataclasses.replace(config, mixed_precision=chosen), f"--mixed_precision {chosen}: {reason}"
@@ -119,7 +121,8 @@ def _saved_precision(config: TrainingConfig) -> Literal["no", "fp16", "bf16"] | 
     return parse_config(["--config", str(folder / CONFIG_FILE)]).mixed_precision
 
 
-def seconds_per_step(
+def _step_times(
+    enough: Callable[[list[float]], bool],
     model: Any,
     scheduler: CustomDDPMScheduler,
     optimizer: Any,
@@ -128,13 +131,11 @@ def seconds_per_step(
     loss: Loss,
     batch_size: int,
     loop_options: dict[str, Any],
-) -> float:
-    """Measure optimiser steps for a few seconds; weights and state of the optimiser stay as they are.
+) -> list[float]:
+    """Seconds of optimiser steps, until they are `enough`; weights and state of the optimiser stay as they are.
 
     Must be called by all processes. The arguments are those of `training_steps`; `batch_size` is that of a process.
-
-    Returns:
-        Seconds, the same on all processes.
+    The first step, which also allocates memory and compiles, is left out of the result.
     """
     batches = data.batches(sample_positions(accelerator, batch_size, 0))
     times: list[float] = []
@@ -142,20 +143,68 @@ def seconds_per_step(
         steps: Iterator[Any] = training_steps(
             model, scheduler, optimizer, rates, batches, accelerator, loss, 10**6, **loop_options
         )
-        start = last = time.perf_counter()
+        last = time.perf_counter()
         for _ in steps:
             _synchronise(accelerator.device)
             now = time.perf_counter()
             times.append(now - last)
             last = now
-            enough = len(times) >= 4 and now - start > SECONDS
-            if broadcast_object_list([enough])[0]:
+            if broadcast_object_list([enough(times)])[0]:
                 break
         steps.close()  # type: ignore[attr-defined]
     batches.close()
     optimizer.optimizer.state.clear()
-    later = sorted(times[1:])  # the first one also allocates memory, and compiles
-    return float(broadcast_object_list([later[len(later) // 2]])[0])
+    return times[1:]
+
+
+def seconds_per_step(*parts: Any) -> float:
+    """Measure optimiser steps for a few seconds, see `_step_times`.
+
+    Returns:
+        Seconds, the same on all processes.
+    """
+    times = sorted(_step_times(lambda times: len(times) >= 4 and sum(times) > SECONDS, *parts))
+    return float(broadcast_object_list([times[len(times) // 2]])[0])
+
+
+def choose_threads(config: TrainingConfig, accelerator: Accelerator, *parts: Any) -> TrainingConfig:
+    """The configuration with a number of threads, where the user chose none and the recipe is the default.
+
+    Small networks wait for their threads more than they gain by them, and all the more where another program needs a
+    core: every operation then waits until the thread on that core has its turn. All threads are compared with half as
+    many, and so on while that is faster. Several processes share the cores without a measurement.
+
+    Args:
+        config: settings of the run.
+        accelerator: of the run.
+        parts: arguments of `_step_times`.
+    """
+    if accelerator.device.type != "cpu":
+        return config
+    if config.cpu_threads is not None:  # given, or of the checkpoint
+        torch.set_num_threads(config.cpu_threads)
+        return config
+    cores = threads = torch.get_num_threads()
+    if config.recipe != "default" or accelerator.num_processes > 1 or cores == 1 or threads_were_chosen():
+        return config
+    seconds: dict[int, float] = {}
+    while threads >= 1:
+        torch.set_num_threads(threads)
+        seconds[threads] = min(_step_times(_few, *parts))
+        if seconds[threads] > min(seconds.values()):
+            break
+        threads //= 2
+    best = min(seconds, key=lambda threads: seconds[threads])
+    ratio = seconds[cores] / seconds[best]
+    chosen = best if ratio > FEWER else cores
+    torch.set_num_threads(chosen)
+    if chosen < cores:
+        logger.info(f"--cpu_threads {chosen}: steps are {ratio:.1f}x as fast as with {cores}")
+    return dataclasses.replace(config, cpu_threads=chosen)
+
+
+def _few(times: list[float]) -> bool:
+    return len(times) >= 6 or (len(times) >= 2 and sum(times) > 1.0)
 
 
 def plan(config: TrainingConfig, seconds: float, accelerator: Accelerator, first_step: int = 0) -> TrainingConfig:

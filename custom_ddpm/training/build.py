@@ -22,7 +22,7 @@ from ..recipe import before_data, complete_length
 from ..sampling import fast_sampler
 from ..scheduler import CustomDDPMScheduler
 from ..unet import CustomUNet2DModel
-from .budget import plan, seconds_per_step
+from .budget import choose_threads, plan, seconds_per_step
 from .checkpoint import delete_checkpoint, differing_settings, find_checkpoint
 from .ema import PostHocEMA
 from .launch import command_line, get_logger
@@ -140,6 +140,7 @@ def _with_choices_of(config: TrainingConfig, metadata: Mapping[str, Any]) -> Tra
     saved = metadata.get("settings")
     saved = {**FORMER_SETTINGS, **saved} if isinstance(saved, dict) else {}
     names = ["down_block_types", *(each.name for each in dataclasses.fields(config) if each.metadata["by_recipe"])]
+    names.append("cpu_threads")  # other sums of floating point numbers
     if config.time_budget is config.max_train_steps is config.num_epochs is None:
         names += ["time_budget", "max_train_steps", "num_epochs"]
     elif config.time_budget is not None and config.time_budget == saved.get("time_budget"):
@@ -180,10 +181,10 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     optimizer = build_optimizer(config, unet)
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
     loss, loop_options = build_loss(config), _loop_options(config, data, sampler, memory_format)
+    parts = (model, scheduler, prepared_optimizer, data, accelerator, loss, config.train_batch_size, loop_options)
+    config = choose_threads(config, accelerator, *parts)
     if config.max_train_steps is None and config.time_budget is not None:
-        parts = (model, scheduler, prepared_optimizer, data, accelerator, loss)
-        seconds = seconds_per_step(*parts, config.train_batch_size, loop_options)
-        config = plan(config, seconds, accelerator, first_step)
+        config = plan(config, seconds_per_step(*parts), accelerator, first_step)
     max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)
     config = complete_length(config, max_train_steps)
     settings = {**dataclasses.asdict(config), **facts}

@@ -142,7 +142,7 @@ def launcher_pid() -> int | None:
     return os.getppid() if launched else None
 
 
-def set_cpu_threads(local_processes: int) -> int:
+def set_cpu_threads(local_processes: int, asked: int | None = None) -> int:
     """Let this process use its share of the physical cores, unless the user chose a number of threads.
 
     `accelerate launch` and torch's launcher set OMP_NUM_THREADS to 1 where the user has not set it, which would leave
@@ -150,11 +150,14 @@ def set_cpu_threads(local_processes: int) -> int:
 
     Args:
         local_processes: processes of the run on this machine.
+        asked: number of threads; None: those of the environment, or the share of the cores.
 
     Returns:
         The number of threads that torch uses.
     """
-    if not _threads_were_chosen():
+    if asked is not None:
+        torch.set_num_threads(asked)
+    elif not threads_were_chosen():
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = min(cores, len(os.sched_getaffinity(0)))
@@ -170,7 +173,7 @@ def time_taken() -> str:
     return f"{wall / 60:.1f} minutes, {cores:.1f} of {os.cpu_count()} CPU cores in use on average"
 
 
-def _threads_were_chosen() -> bool:
+def threads_were_chosen() -> bool:
     """Whether OMP_NUM_THREADS is the user's: set in the environment of the launcher, or by a flag of the launcher."""
     if "OMP_NUM_THREADS" not in os.environ:
         return False

@@ -53,7 +53,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     )
     check_strategy(accelerator)
     if accelerator.device.type == "cpu":
-        set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.cpu_threads)
     if accelerator.distributed_type == DistributedType.FSDP:
         # Otherwise accelerate keeps full gradients, in half precision, on every process until the last batch.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True

@@ -89,14 +89,14 @@ def test_a_resumed_run_plans_what_is_left(monkeypatch):
 
 def test_a_precision_is_chosen_once_and_only_where_nobody_asked(tmp_path, monkeypatch):
     speed = {"now": 2.0}
-    monkeypatch.setattr(budget, "bf16_speed", lambda device: speed["now"])
-    monkeypatch.setattr(budget, "set_cpu_threads", lambda processes: processes)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(budget, "bf16_speed", lambda device: speed["now"] if torch.get_num_threads() == 1 else 0.0)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
     def chosen(**settings):
         return budget.choose_precision(TrainingConfig(output_dir=str(tmp_path), **settings))[0].mixed_precision
 
-    assert chosen() == "bf16"
+    assert chosen() == "bf16" and torch.get_num_threads() == threads
     assert chosen(mixed_precision="no") == "no" and chosen(recipe="stock") is None
     (tmp_path / "training_config.yaml").write_text('mixed_precision: "bf16"\n')
     speed["now"] = 1.1
@@ -114,3 +114,66 @@ def test_a_precision_is_chosen_once_and_only_where_nobody_asked(tmp_path, monkey
 
 def test_the_speed_of_bf16_is_a_ratio():
     assert 0.001 < budget.bf16_speed(torch.device("cpu")) < 100
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """The number of threads in use, of 8; the real one stays as it is."""
+    used = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(budget, "threads_were_chosen", lambda: False)
+    return used
+
+
+ON_CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tried", "chosen"),
+    [
+        ({8: 1.0, 4: 1.1}, [8, 4], 8),  # a large network
+        ({8: 1.0, 4: 0.9, 2: 0.95}, [8, 4, 2], 8),  # no clear difference
+        ({8: 1.0, 4: 0.6, 2: 0.5, 1: 0.7}, [8, 4, 2, 1], 2),
+        ({8: 5.0, 4: 3.0, 2: 2.0, 1: 0.1}, [8, 4, 2, 1], 1),  # a core is taken by another program
+    ],
+)
+def test_fewer_threads_where_they_are_clearly_faster(threads, monkeypatch, caplog, seconds, tried, chosen):
+    monkeypatch.setattr(budget, "_step_times", lambda *_: [9.0, seconds[threads[-1]]])
+    with caplog.at_level("INFO"):
+        found = budget.choose_threads(TrainingConfig(), ON_CPU)
+    assert (threads[1:-1], threads[-1], found.cpu_threads) == (tried, chosen, chosen)
+    ratio = seconds[8] / seconds[chosen]
+    said = [] if chosen == 8 else [f"--cpu_threads {chosen}: steps are {ratio:.1f}x as fast as with 8"]
+    assert caplog.messages == said
+
+
+def test_threads_are_not_measured_where_somebody_chose_them(threads, monkeypatch):
+    monkeypatch.setattr(budget, "_step_times", lambda *_: pytest.fail("measured"))
+    several = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    for settings, accelerator in (({"recipe": "stock"}, ON_CPU), ({}, several), ({}, gpu)):
+        assert budget.choose_threads(TrainingConfig(**settings), accelerator).cpu_threads is None
+    assert budget.choose_threads(TrainingConfig(cpu_threads=3), ON_CPU).cpu_threads == threads[-1] == 3
+    monkeypatch.setattr(budget, "threads_were_chosen", lambda: True)
+    assert budget.choose_threads(TrainingConfig(), ON_CPU).cpu_threads is None
+
+
+def test_measuring_threads_changes_nothing_and_a_resumed_run_keeps_them(tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    options = {**runs.RANDOM, **SMALL_GRID, "recipe": "default", "mixed_precision": "no"}
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(budget, "threads_were_chosen", lambda: False)
+        monkeypatch.setattr("custom_ddpm.training.launch.threads_were_chosen", lambda: True)  # leaves the two
+        monkeypatch.setattr(budget, "FEWER", 0.0)
+        runs.run_killed_at(monkeypatch, 6, tmp_path / "measured", **options)
+        chosen = yaml.safe_load((tmp_path / "measured" / "training_config.yaml").read_text())["cpu_threads"]
+        assert chosen in (1, 2)
+        monkeypatch.setattr(budget, "_step_times", lambda *_: pytest.fail("measured again"))
+        runs.run(tmp_path / "measured", resume_from_checkpoint="latest", **options)
+        runs.run(tmp_path / "given", cpu_threads=chosen, **options)
+    finally:
+        torch.set_num_threads(before)
+    found = [tmp_path / name / "checkpoint-12" for name in ("measured", "given")]
+    assert runs.differences(*found) == []
