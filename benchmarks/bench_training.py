@@ -3,9 +3,9 @@
 `python benchmarks/bench_training.py [--steps 60] [--warmup 10]`
 
 Runs `train` itself, on the digits, with a clock around each of its parts: of CPU time, which other programs do not
-lengthen; on a GPU of real time, and it waits for the device, which a run does not. Printed are medians over the steps: of each part, and of the share that is not forward, backward
-(with what autograd does for the loss) and optimiser (with clipping). The target is 3% or less for a model worth
-training; the smaller the model, the larger the share.
+lengthen; on a GPU of real time, and it waits for the device, which a run does not. Printed are medians over the steps:
+of each part, and of the share that is not forward, backward (with what autograd does for the loss) and optimiser (with
+clipping). The target is 3% or less for a model worth training; the smaller the model, the larger the share.
 """
 
 import argparse
