@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .app.command import add_app
 from .evaluation.commands import add_commands
 from .evaluation.report_command import add_report
 from .evaluation.tune import add_tune
@@ -207,6 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_commands(command, commands)
     add_report(command)
     add_tune(command)
+    add_app(command)
     return parser
 
 
