@@ -122,13 +122,13 @@ def cancel_button(language: str, tab: str, view: gr.HTML, event: Any) -> None:
         REQUESTS.stop(request.session_hash, tab)
         return view_html(language, None, say(language, "cancelled"))
 
-    button = gr.Button(say(language, "cancel"), variant="stop", elem_id=f"cancel-{tab}-{language}")
+    button = gr.Button(say(language, "cancel"), elem_id=f"cancel-{tab}-{language}")
     button.click(cancel, outputs=view, cancels=[event], queue=False, api_visibility="private", show_progress="hidden")
 
 
 def result_parts(language: str) -> tuple[gr.HTML, gr.Image, gr.DownloadButton]:
     """The view, the result and the download, empty."""
-    view = gr.HTML(view_html(language, None, say(language, "waiting"), announced=False))
+    view = gr.HTML(view_html(language, None, say(language, "waiting"), announced=False), padding=False)
     result = gr.Image(
         label=say(language, "result"),
         alt_text=say(language, "result"),

@@ -223,7 +223,7 @@ def _form(
     number = gr.Slider(
         2 if make is between else 1, max(3, most), first, step=1, label=say(language, "number"), buttons=[]
     )
-    label, guidance = class_field(model, language, all_classes=make is variations), guidance_field(model, language)
+    label, guidance = class_field(model, language, all_classes=False), guidance_field(model, language)
     steps = steps_field(language, limits, BETWEEN_STEPS)
     seed = seed_field(language) if make is not between else gr.State(0)
     with gr.Row():

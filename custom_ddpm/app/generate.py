@@ -72,7 +72,6 @@ def python_lines(model: Model, wish: Wish) -> str:
     place = "" if device == "cpu" else f".to({quoted(device)})"
     own = type(model.pipeline.scheduler).__name__ == sampler
     labels = [quoted(each) if isinstance(each, str) else str(each) for each in wish.labels or ()]
-    words = f"[{labels[0]}] * {len(labels)}" if len(set(labels)) == 1 else f"[{', '.join(labels)}]"
     arguments = {"seeds": f"range({wish.seeds[0]}, {wish.seeds[-1] + 1})"}
     if labels:
         alike = len(set(labels)) == 1

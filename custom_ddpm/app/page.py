@@ -89,7 +89,7 @@ def build_page(settings: Settings) -> gr.Blocks:
 def _fill(language: str, settings: Settings, trainer: Trainer) -> None:
     other = LANGUAGES[1 - LANGUAGES.index(language)]
     link = f'<a href="{PATHS[other]}" lang="{other}" hreflang="{other}">{say(language, "other_language")}</a>'
-    gr.HTML(f"<header><h1>{say(language, 'title')}</h1>{link}</header>")
+    gr.HTML(f"<header><h1>{say(language, 'title')}</h1>{link}</header>", padding=False)
     model = settings.model
     if model is None:
         gr.Markdown(say(language, "no_model", train=TRAIN_COMMAND))
@@ -124,6 +124,25 @@ def serve(settings: Settings, started: Callable[[], None]) -> None:
         page.block_thread()
 
 
+def _theme() -> gr.themes.Base:
+    """gradio's theme with fonts of the visitor's computer, and with enough contrast for WCAG AA."""
+    return gr.themes.Default(primary_hue="blue", font=SANS, font_mono=MONO).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        color_accent="*primary_600",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_dark="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+        button_cancel_background_fill_hover_dark="#991b1b",
+    )
+
+
 def launch_options(settings: Settings) -> dict[str, Any]:
     """Arguments of gradio's `launch`: nothing is fetched from elsewhere, and nothing of this computer is served."""
     # A page elsewhere whose name is made to point here would be let in by the visitor's browser.
@@ -143,7 +162,7 @@ def launch_options(settings: Settings) -> dict[str, Any]:
         "ssr_mode": False,
         "pwa": False,
         "app_kwargs": {"middleware": middleware},
-        "theme": gr.themes.Default(font=SANS, font_mono=MONO),
+        "theme": _theme(),
         "css": CSS,
         "js": SCRIPT,
     }

@@ -95,7 +95,7 @@ def _losses(run: Path, lines: list[dict]) -> PIL.Image.Image | None:
 def _diagnosis(run: Path, language: str) -> str:
     try:
         findings = diagnose(run)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, LookupError, ArithmeticError) as error:  # files that are still written
         return f"<p>{html.escape(say(language, 'no_diagnosis', reason=one_line(error)))}</p>"
     if not findings:
         return f"<p>{say(language, 'nothing_found')}</p>"

@@ -47,7 +47,7 @@ def class_choices(model: Model, language: str, all_classes: bool) -> list[tuple[
 def class_field(model: Model, language: str, all_classes: bool) -> gr.Dropdown:
     """A list of the class names; hidden for a model without classes."""
     choices = class_choices(model, language, all_classes)
-    first = choices[0][1] if choices else None
+    first = (NONE if model.guides and not all_classes else choices[0][1]) if choices else None
     return gr.Dropdown(choices, value=first, label=say(language, "class"), visible=bool(choices), filterable=False)
 
 

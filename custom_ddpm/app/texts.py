@@ -12,8 +12,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "edit": ("Edit", "编辑"),
     "train": ("Train", "训练"),
     "no_model": (
-        "This page was started without a model. Train one, in about two minutes, with `{train}`, or on the tab *Train*; then "
-        " start the page again: `custom-ddpm app ddpm-digits`.",
+        "This page was started without a model. Train one, in about two minutes, with `{train}`, or on the tab "
+        "*Train*; then start the page again: `custom-ddpm app ddpm-digits`.",
         "启动本页面时没有给出模型。用 `{train}` 或在“训练”页训练一个（约两分钟），"
         "然后重新启动页面：`custom-ddpm app ddpm-digits`。",
     ),
@@ -87,7 +87,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Edit
     "variations": ("Variations", "变体"),
     "inpaint": ("Inpaint", "修补"),
-    "between": ("Between two pictures", "两图插值"),
+    "between": ("Interpolate", "两图插值"),
     "inpaint_info": (
         "Upload a picture, paint with the brush over what is to be drawn anew; all other pixels stay as they are.",
         "上传图片，用画笔涂抹要重新生成的部分；其他像素保持不变。",
@@ -104,7 +104,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Train
     "runs": ("Run", "训练"),
     "runs_info": ("Folders with a run under {folder}.", "{folder} 下的训练文件夹。"),
-    "no_runs": ("There is no run under {folder} yet.", "{folder} 下还没有训练。"),
+    "no_runs": ("There is no run in the folder of --runs yet.", "--runs 文件夹中还没有训练。"),
     "refresh": ("Refresh", "刷新"),
     "losses": ("Loss by noise level, between its bounds", "各噪声水平的损失及其上下界"),
     "newest_grid": ("Newest samples", "最新样本"),

@@ -20,7 +20,7 @@ def watched(root: Path, language: str, trainer: Trainer, name: str | None, seen:
     if now == seen:
         return gr.skip(), gr.skip(), gr.skip()
     if run is None:
-        text = say(language, "no_runs", folder=str(root.resolve())) if not find_runs(root) else ""
+        text = "" if find_runs(root) else say(language, "no_runs")
         return now[0], text, now
     return now[0], run_html(run, language, now[1]), now
 
@@ -59,14 +59,14 @@ def tab(language: str, runs: Path, trainer: Trainer, may_start: bool) -> None:
             names,
             value=names[0] if names else None,
             label=say(language, "runs"),
-            info=say(language, "runs_info", folder=str(runs.resolve())),
+            info=say(language, "runs_info", folder=str(runs.resolve()) if may_start else runs.resolve().name),
             filterable=False,
             scale=3,
             min_width=280,
         )
         refresh = gr.Button(say(language, "refresh"), scale=1, min_width=100)
     state = gr.Markdown(elem_id=f"training-{language}")
-    shown, seen = gr.HTML(elem_id=f"run-{language}"), gr.State(None)
+    shown, seen = gr.HTML(elem_id=f"run-{language}", padding=False), gr.State(None)
     outputs = [state, shown, seen]
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
