@@ -108,11 +108,41 @@ def follow(
     with tempfile.TemporaryDirectory(prefix="custom-ddpm-") as folder:
         file = str(Path(folder, FILE))
         image_grid(last.result.cpu()).save(file)
-        shown = {"value": file, "visible": True}
-        yield view_html(language, last, status), gr.update(**shown), gr.update(**shown)  # it is copied meanwhile
+        shown = gr.update(value=file, visible=True)
+        yield view_html(language, last, status), shown, shown  # the file is copied meanwhile
 
 
 # ---- parts of the tabs ----
+
+
+def on_click(
+    button: gr.Button, language: str, tab: str, draw: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+) -> Any:
+    """Let a button draw: the request waits for its turn, and a visitor's earlier one of this tab ends.
+
+    Args:
+        button: to press.
+        language, tab: of the button.
+        draw: generator of values for `outputs`, the first of which is the view.
+        inputs, outputs: components.
+
+    Returns:
+        The event that draws.
+    """
+    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def wait(request: gr.Request) -> str:
+        REQUESTS.stop(request.session_hash, tab)
+        return view_html(language, None, say(language, "queued"))
+
+    def fail() -> str:
+        return view_html(language, None, say(language, "refused"))
+
+    event = button.click(wait, outputs=outputs[0], queue=False, **options).then(
+        draw, inputs, outputs, concurrency_id="model", concurrency_limit=1, **options
+    )
+    event.failure(fail, outputs=outputs[0], queue=False, **options)
+    return event
 
 
 def cancel_button(language: str, tab: str, view: gr.HTML, event: Any) -> None:

@@ -13,7 +13,7 @@ from ..pipelines.pictures import read_pictures
 from ..pipelines.pipeline_custom_ddpm_img2img import CustomDDPMImg2ImgPipeline
 from ..pipelines.pipeline_custom_ddpm_inpaint import CustomDDPMInpaintPipeline
 from ..pipelines.pipeline_custom_ddpm_interpolate import CustomDDPMInterpolationPipeline
-from .drawing import REQUESTS, cancel_button, checked_upload, follow, refusal, result_parts
+from .drawing import REQUESTS, cancel_button, checked_upload, follow, on_click, refusal, result_parts
 from .limits import Limits, check_request, check_value
 from .settings import class_field, guidance_field, labels_of, options_of, seed_field, steps_field
 from .texts import say
@@ -243,14 +243,7 @@ def _form(
             raise refusal(language, error) from error
         yield from follow(model, limits, language, stop, call)
 
-    event = button.click(
-        on_draw,
-        [*own, number, label, guidance, steps, seed],
-        [view, result, download],
-        concurrency_id="model",
-        concurrency_limit=1,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    inputs = [*own, number, label, guidance, steps, seed]
+    event = on_click(button, language, name, on_draw, inputs, [view, result, download])
     with place:
         cancel_button(language, name, view, event)

@@ -9,7 +9,7 @@ import gradio as gr
 from ..messages import quoted
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
 from ..sampling import sample_images
-from .drawing import REQUESTS, cancel_button, follow, refusal, result_parts
+from .drawing import REQUESTS, cancel_button, follow, on_click, refusal, result_parts
 from .limits import Limits, check_request
 from .settings import (
     class_field,
@@ -141,14 +141,7 @@ def tab(language: str, model: Model, limits: Limits) -> None:
     def on_draw(request: gr.Request, *settings: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
         yield from draw(model, limits, language, request.session_hash, *settings)
 
-    event = button.click(
-        on_draw,
-        [label, guidance, sampler, steps, seed, number],
-        [view, result, download, lines],
-        concurrency_id="model",
-        concurrency_limit=1,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    outputs = [view, result, download, lines]
+    event = on_click(button, language, TAB, on_draw, [label, guidance, sampler, steps, seed, number], outputs)
     with place:
         cancel_button(language, TAB, view, event)

@@ -53,8 +53,16 @@ def class_field(model: Model, language: str, all_classes: bool) -> gr.Dropdown:
 
 def guidance_field(model: Model, language: str) -> gr.Slider:
     """A slider for the guidance scale; hidden for a model that cannot be guided."""
-    texts = {"label": say(language, "guidance"), "info": say(language, "guidance_info"), "visible": model.guides}
-    return gr.Slider(1.0, MAX_GUIDANCE, value=2.0 if model.guides else 1.0, step=0.1, buttons=[], **texts)
+    return gr.Slider(
+        1.0,
+        MAX_GUIDANCE,
+        value=2.0 if model.guides else 1.0,
+        step=0.1,
+        label=say(language, "guidance"),
+        info=say(language, "guidance_info"),
+        visible=model.guides,
+        buttons=[],
+    )
 
 
 def steps_field(language: str, limits: Limits, first: int = FIRST_STEPS) -> gr.Slider:

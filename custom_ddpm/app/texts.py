@@ -40,6 +40,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "cancel": ("Cancel", "取消"),
     # what is shown
     "waiting": ("The pictures appear here, from noise to the result.", "图片将显示在这里，从噪声到结果。"),
+    "queued": ("Waiting for its turn …", "正在排队……"),
     "starting": ("Starting …", "正在开始……"),
     "step": ("step {done} of {total}", "第 {done} 步，共 {total} 步"),
     "state": ("x_t, t = {t}", "x_t，t = {t}"),
