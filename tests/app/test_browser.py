@@ -246,7 +246,7 @@ def test_inpaint_with_the_brush(visit):
     upload(page, "#editor-en", picture_file(side=8))
     page.wait_for_timeout(3000)
     page.locator("#editor-en").get_by_label("Brush").first.click()
-    canvas = page.locator("#editor-en canvas")
+    canvas = page.locator("#editor-en canvas").first
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 40, y)
