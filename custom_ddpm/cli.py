@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .app.command import add_app
 from .evaluation.commands import add_commands
 from .evaluation.report_command import add_report
 from .evaluation.tune import add_tune
@@ -60,6 +61,10 @@ def push(args: argparse.Namespace) -> None:
     from .hub.push import push_pipeline
 
     print(push_pipeline(args.folder, args.repo_id, private=args.private or None))
+    if args.space:
+        from .hub.space import push_space
+
+        print(push_space(args.repo_id, private=args.private or None))
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -188,6 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", help="folder of a saved pipeline, such as a run's output folder")
     sub.add_argument("repo_id", help="user/model; created if it does not exist")
     sub.add_argument("--private", action="store_true", help="make it private")
+    sub.add_argument("--space", action="store_true", help="also push a Space of the same name: the page of `app` on it")
 
     sub = command("verify", verify)
     sub.add_argument("repository", help="folder or Hub repository")
@@ -207,6 +213,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_commands(command, commands)
     add_report(command)
     add_tune(command)
+    add_app(command)
     return parser
 
 

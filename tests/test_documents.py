@@ -33,6 +33,7 @@ TRANSLATED = {
     "README.zh.md": "README.md",
     "docs/derivation.zh.md": "docs/derivation.md",
     "docs/editing.zh.md": "docs/editing.md",
+    "docs/app.zh.md": "docs/app.md",
 }
 FENCE = re.compile(r"^(?:<!-- (?P<comment>[^\n]*) -->\n+)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
 RUNNABLE = ("python", "bash")

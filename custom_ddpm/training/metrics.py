@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib.figure
 import numpy as np
@@ -228,7 +228,7 @@ def draw_loss_curve(lines: list[dict[str, Any]], file: Path) -> None:
 
 def draw_loss_by_timestep(
     lines: list[dict[str, Any]],
-    file: Path,
+    file: Path | BinaryIO,
     bounds: dict[str, Any] | None = None,
     final: dict[str, Any] | None = None,
 ) -> None:
@@ -236,7 +236,7 @@ def draw_loss_by_timestep(
 
     Args:
         lines: of `metrics.jsonl`.
-        file: the picture.
+        file: the picture, by its name or open for writing.
         bounds: losses to hold it against, see `evaluation.bounds.compute_bounds`, if they are known.
         final: losses of the averaged weights at the end of the run, see `measure_final_loss`, if they are known.
     """
@@ -270,7 +270,7 @@ def draw_loss_by_timestep(
     _save(figure, axes, file)
 
 
-def _save(figure: matplotlib.figure.Figure, axes: Axes, file: Path) -> None:
+def _save(figure: matplotlib.figure.Figure, axes: Axes, file: Path | BinaryIO) -> None:
     low, high = axes.dataLim.intervaly
     if 0 < 5 * low < high:
         # Early steps, or small t, lie far above the rest: a logarithmic axis shows both.

@@ -28,8 +28,8 @@ class Request:
 
 
 ROUTES: list[tuple[str, re.Pattern, str]] = []
-REPO = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)"
-FILE = r"/((?P<type>dataset)s/)?(?P<id>[^/]+/[^/]+)"
+REPO = r"/api/(?P<type>model|dataset|space)s/(?P<id>[^/]+/[^/]+)"
+FILE = r"/((?P<type>dataset|space)s/)?(?P<id>[^/]+/[^/]+)"
 
 
 def _route(methods: str, path: str):
@@ -166,7 +166,9 @@ class Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or self.user
         self.may_write(owner)
         type, id = asked.get("type", "model"), f"{owner}/{asked['name']}"
-        address = {"url": f"{self.hub.endpoint}/{'datasets/' if type == 'dataset' else ''}{id}", "name": id}
+        address = {"url": f"{self.hub.endpoint}/{'' if type == 'model' else f'{type}s/'}{id}", "name": id}
+        if type == "space" and "sdk" not in asked:
+            raise Refused(400, None, '"sdk" is required for a Space')
         if (type, id) in self.hub.repos:
             message = "You already created this model repo"
             self.answer_json(address | {"error": message}, 409, X_Error_Message=message)
@@ -307,7 +309,7 @@ class Handler(BaseHTTPRequestHandler):
         for asked in json.loads(self.body)["objects"]:
             item = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in repo.lfs:
-                prefix = "datasets/" if type == "dataset" else ""
+                prefix = "" if type == "model" else f"{type}s/"
                 upload = f"{self.hub.endpoint}/storage/{type}/{id}/{asked['oid']}?signature={self.hub.signature}"
                 verify = f"{self.hub.endpoint}/{prefix}{id}.git/info/lfs/objects/verify"
                 item["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
@@ -321,7 +323,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, None, "The object was not uploaded")
         self.answer_json({})
 
-    @_route("GET HEAD PUT", "/storage/(?P<type>model|dataset)/(?P<id>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})")
+    @_route("GET HEAD PUT", "/storage/(?P<type>model|dataset|space)/(?P<id>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})")
     def storage(self, type: str, id: str, oid: str) -> None:
         # Like the Hub's file storage, this accepts signed URLs only and no tokens.
         if self.query.get("signature") != [self.hub.signature]:

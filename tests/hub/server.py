@@ -44,7 +44,7 @@ class HubServer:
 
     Attributes:
         users: token -> user name. Other tokens are rejected; a user can write only to repositories of its own name.
-        repos: (type, id) -> `Repo`, type being "model" or "dataset".
+        repos: (type, id) -> `Repo`, type being "model", "dataset" or "space".
         requests: every `Request` so far, in order of arrival.
     """
 
@@ -111,9 +111,9 @@ class HubServer:
         """The requests so far that have this method and match the regular expression `path`."""
         return [request for request in self.requests if request.method == method and re.search(path, request.path)]
 
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Path -> content of a model repository at a revision."""
-        commit = self.repos["model", repo_id].at(revision)
+    def files(self, repo_id: str, revision: str = "main", type: str = "model") -> dict[str, bytes]:
+        """Path -> content of a repository at a revision."""
+        commit = self.repos[type, repo_id].at(revision)
         return {path: file.data for path, file in commit.files.items()}
 
     def log(self, repo_id: str, revision: str = "main") -> list[str]:
