@@ -17,7 +17,7 @@ PRIOR, LIKELIHOOD, PRODUCT, POSTERIOR = 0, 1, 2, 3  # colours
 TEXTS = {
     "en": {
         "t": "t (1 … T = 1000)",
-        "s": "s (0 … T − 1); the tab takes s < t",
+        "s": "s (0 … t − 1)",
         "follows": "s = t − 1: one step back (R2–R4)",
         "x_0": "x₀, the picture’s pixel",
         "x_t": "xₜ, the noised pixel",
@@ -26,24 +26,23 @@ TEXTS = {
         "row": "Row of the pixel",
         "column": "Column of the pixel",
         "again": "Other noise",
-        "bells": "Which x_s led to x_t? t = {t}, s = {s}",
+        "bells": "Which xₛ led to xₜ? t = {t}, s = {s}",
         "real": "The same for a pixel of a picture",
         "plot": "bells of prior, likelihood, product and posterior; the posterior has mean {0} and variance {1}",
-        "axis": "x_s",
+        "axis": "xₛ",
         "prior": "prior",
         "likelihood": "likelihood",
         "product": "product",
         "posterior": "posterior",
         "as of": "in x<sub>s</sub>",
-        "on grid": "on a grid",
         "same height": "Each bell is drawn to the same height, 1.",
         "mean": "mean",
         "variance": "variance",
-        "square": "Multiply, complete the square (R4)",
+        "square": "Multiply, complete the square ({0})",
         "is": "number",
         "A": "A, from x<sub>s</sub><sup>2</sup>",
         "B": "B, from x<sub>s</sub>",
-        "measured": "of the grid",
+        "measured": "on a grid",
         "evidence": "q(x<sub>t</sub> | x<sub>0</sub>), by R3 and as the product’s area",
         "weight": "weight of",
         "by": "by",
@@ -53,13 +52,13 @@ TEXTS = {
         "pictures": "Picture, noised picture, mean of the posterior",
         "original": "x<sub>0</sub>, here {0}",
         "noised": "x<sub>t</sub> by F9, here {0}",
-        "posterior mean": "μ̃ by R4, here {0}",
+        "posterior mean": "μ̃<sub>t</sub>, here {0}",
         "labels": "the picture x_0|x_t|the posterior mean of every pixel",
-        "gray": "Pictures are gray here. Framed: the pixel in row {row}, column {column}. The bells are its.",
+        "gray": "Pictures are gray here. Framed: the pixel whose bells these are (row {row}, column {column}).",
     },
     "zh": {
         "t": "t（1 … T = 1000）",
-        "s": "s（0 … T − 1）；取 s < t",
+        "s": "s（0 … t − 1）",
         "follows": "s = t − 1：退回一步（R2–R4）",
         "x_0": "x₀，图片的像素",
         "x_t": "xₜ，加噪后的像素",
@@ -68,24 +67,23 @@ TEXTS = {
         "row": "像素的行",
         "column": "像素的列",
         "again": "换一份噪声",
-        "bells": "x_t 从哪个 x_s 来？t = {t}，s = {s}",
+        "bells": "xₜ 从哪个 xₛ 来？t = {t}，s = {s}",
         "real": "对图片的一个像素做同样的事",
         "plot": "先验、似然、乘积与后验的钟形；后验均值 {0}，方差 {1}",
-        "axis": "x_s",
+        "axis": "xₛ",
         "prior": "先验",
         "likelihood": "似然",
         "product": "乘积",
         "posterior": "后验",
         "as of": "作为 x<sub>s</sub> 的函数",
-        "on grid": "在网格上",
         "same height": "每个钟形都画成同样的高度 1。",
         "mean": "均值",
         "variance": "方差",
-        "square": "相乘，配方（R4）",
+        "square": "相乘，配方（{0}）",
         "is": "数值",
         "A": "A，来自 x<sub>s</sub><sup>2</sup>",
         "B": "B，来自 x<sub>s</sub>",
-        "measured": "网格上",
+        "measured": "在网格上",
         "evidence": "q(x<sub>t</sub> | x<sub>0</sub>)：由 R3，以及乘积的面积",
         "weight": "权重：",
         "by": "由",
@@ -95,7 +93,7 @@ TEXTS = {
         "pictures": "图片、加噪的图片、后验的均值",
         "original": "x<sub>0</sub>，此处 {0}",
         "noised": "x<sub>t</sub>，由 F9，此处 {0}",
-        "posterior mean": "μ̃，由 R4，此处 {0}",
+        "posterior mean": "μ̃<sub>t</sub>，此处 {0}",
         "labels": "图片 x_0|x_t|每个像素的后验均值",
         "gray": "这里的图片是灰度的。方框是第 {row} 行第 {column} 列的像素，钟形就是它的。",
     },
@@ -145,7 +143,7 @@ def _legend(words: dict[str, str]) -> str:
         [
             (PRIOR, "fill", f"{words['prior']} q(x<sub>s</sub> | x<sub>0</sub>)"),
             (LIKELIHOOD, "fill", f"{words['likelihood']} q(x<sub>t</sub> | x<sub>s</sub>), {words['as of']}"),
-            (PRODUCT, "1 5", f"{words['product']}, {words['on grid']}"),
+            (PRODUCT, "dots", f"{words['product']}, {words['measured']}"),
             (POSTERIOR, "7 3", f"{words['posterior']} q(x<sub>s</sub> | x<sub>t</sub>, x<sub>0</sub>)"),
         ]
     )
@@ -159,7 +157,7 @@ def bells_card(words: dict[str, str], title: str, found: Bayes, zoom: bool, note
         ("prior", "R3", found.prior_mean, found.prior_variance),
         ("likelihood", "R3", *found.likelihood),
         ("product", words["measured"], *product),
-        ("posterior", "R4", found.mean, found.variance),
+        ("posterior", found.name, found.mean, found.variance),
     ]
     lines = [(f"{words[name]} ({by})", show(mean, 5), show(variance, 5)) for name, by, mean, variance in rows]
     if found.s == 0:
@@ -181,27 +179,31 @@ def square_card(words: dict[str, str], found: Bayes) -> str:
         (words["A"], show(found.A, 6), ""),
         (words["B"], show(found.B, 6), ""),
         ("1/A", show(inverse, 6), ""),
-        (f"β̃<sub>t</sub>, {words['by']} R4", show(found.variance, 6), show(product.variance, 6) if product else "–"),
+        (
+            f"β̃<sub>t</sub>, {words['by']} {found.name}",
+            show(found.variance, 6),
+            show(product.variance, 6) if product else "–",
+        ),
         ("B/A", show(quotient, 6), ""),
-        (f"μ̃<sub>t</sub>, {words['by']} R4", show(found.mean, 6), show(product.mean, 6) if product else "–"),
+        (f"μ̃<sub>t</sub>, {words['by']} {found.name}", show(found.mean, 6), show(product.mean, 6) if product else "–"),
         (f"{words['weight']} x<sub>0</sub>", show(found.of_original, 5), ""),
         (f"{words['weight']} x<sub>t</sub>", show(found.of_sample, 5), ""),
         (words["evidence"], svg.number_from_log(found.log_evidence, 5), area),
     ]
-    return svg.card(words["square"], svg.table(("", words["is"], words["measured"]), rows))
+    return svg.card(words["square"].format(found.name), svg.table(("", words["is"], words["measured"]), rows))
 
 
-def formulas_card(words: dict[str, str], one_step: bool) -> str:
-    """R2 to R4 in the paper's symbols; for larger steps with those of R7."""
-    s, a, b, number = ("{t−1}", "α_t", "β_t", "R4") if one_step else ("s", "α", "β", "R7")
-    larger = () if one_step else (svg.formula("R7", r"α = \frac{ᾱ_t}{ᾱ_s}, β = 1 − α"),)
+def formulas_card(words: dict[str, str], number: str) -> str:
+    """R2 to R4 in the paper's symbols; with those of R7 if the number of the last two is "R7"."""
+    s, a, b = ("{t−1}", "α_t", "β_t") if number == "R4" else ("s", "α", "β")
+    larger = () if number == "R4" else (svg.formula("R7", r"α = \frac{ᾱ_t}{ᾱ_s}, β = 1 − α"),)
     return svg.card(
         words["formulas"],
         svg.formula("R2", rf"q(x_{s}|x_t,x_0) =", rf"\frac{{q(x_t|x_{s}) q(x_{s}|x_0)}}{{q(x_t|x_0)}}"),
         *larger,
-        svg.formula("R3", rf"q(x_t|x_{s}) = N(x_t; \sqrt{{{a}}} x_{s}, {b})"),
-        svg.formula("R3", rf"q(x_{s}|x_0) = N(x_{s}; \sqrt{{ᾱ_{s}}} x_0, 1 − ᾱ_{s})"),
-        svg.formula("R3", r"q(x_t|x_0) = N(x_t; \sqrt{ᾱ_t} x_0, 1 − ᾱ_t)"),
+        svg.formula("R3", rf"q(x_t|x_{s}) =", rf"N(x_t; \sqrt{{{a}}} x_{s}, {b})"),
+        svg.formula("R3", rf"q(x_{s}|x_0) =", rf"N(x_{s}; \sqrt{{ᾱ_{s}}} x_0, 1 − ᾱ_{s})"),
+        svg.formula("R3", r"q(x_t|x_0) =", r"N(x_t; \sqrt{ᾱ_t} x_0, 1 − ᾱ_t)"),
         svg.formula(
             number,
             rf"A = \frac{{{a}}}{{{b}}} + \frac{{1}}{{1 − ᾱ_{s}}},",
@@ -232,11 +234,8 @@ def page(
     found = bayes(schedule, t, s_used, min(max(x_0 or 0.0, -1.0), 1.0), min(max(x_t or 0.0, -3.0), 3.0))
     clipped = not follows and s is not None and round(s) > s_used
     note = f"<p>{words['clipped'].format(s=s_used)}</p>" if clipped else ""
-    return svg.board(
-        bells_card(words, words["bells"].format(t=t, s=s_used), found, zoom, note),
-        square_card(words, found),
-        formulas_card(words, s_used == t - 1),
-    )
+    bells = bells_card(words, words["bells"].format(t=t, s=s_used), found, zoom, note)
+    return svg.board((bells,), (square_card(words, found), formulas_card(words, found.name)))
 
 
 def as_gray(picture: np.ndarray) -> np.ndarray:
@@ -272,15 +271,13 @@ def pixel_page(
         for x, label, caption in zip((x_0, x_t, mean), words["labels"].split("|"), captions, strict=True)
     )
     found = bayes(schedule, t, s, *values[:2])
-    return svg.board(
-        svg.card(
-            words["pictures"],
-            f'<div class="pictures">{pictures}</div>',
-            f"<p>{words['gray'].format(row=row, column=column)}</p>",
-        ),
-        bells_card(words, words["bells"].format(t=t, s=s), found, zoom),
-        square_card(words, found),
+    shown = svg.card(
+        words["pictures"],
+        f'<div class="pictures">{pictures}</div>',
+        f"<p>{words['gray'].format(row=row, column=column)}</p>",
     )
+    bells = bells_card(words, words["bells"].format(t=t, s=s), found, zoom)
+    return svg.board((shown, square_card(words, found)), (bells,))
 
 
 def tab(language: str) -> None:
@@ -298,8 +295,8 @@ def tab(language: str) -> None:
             zoom = gr.Checkbox(False, label=words["zoom"])
             schedule = gr.Dropdown(list(BETA_SCHEDULES), value="linear", label=words["schedule"])
         with gr.Column(scale=3, min_width=320):
-            shown = gr.HTML(page(language, 300, 150, False, 0.6, -0.8, False, "linear"))
-    gr.Markdown(f"### {words['real']}")
+            shown = gr.HTML(page(language, 300, 150, False, 0.6, -0.8, False, "linear"), apply_default_css=False)
+    gr.Markdown(f"## {words['real']}")
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             row = gr.Slider(1, 32, value=16, step=1, label=words["row"])
@@ -307,7 +304,9 @@ def tab(language: str) -> None:
             again = gr.Button(words["again"])
             picture = picture_input(language)
         with gr.Column(scale=3, min_width=320):
-            pixel = gr.HTML(pixel_page(language, 300, 150, False, False, "linear", example(0), 16, 10, 0))
+            pixel = gr.HTML(
+                pixel_page(language, 300, 150, False, False, "linear", example(0), 16, 10, 0), apply_default_css=False
+            )
     seed = gr.State(0)
 
     def draw(*values: Any) -> str:

@@ -29,14 +29,14 @@ TEXTS = {
         "picture share": "of the picture, ᾱ<sub>t</sub>",
         "noise share": "of the noise, 1 − ᾱ<sub>t</sub>",
         "shares label": "shares of variance: {0} of the picture, {1} of the noise",
-        "histogram": "The pixels of x_t and the bell",
-        "pixel": "value of a pixel of x_t",
+        "histogram": "The pixels of xₜ and the bell",
+        "pixel": "value of a pixel of xₜ",
         "by F3": "pixels by F3",
         "by F9": "pixels by F9",
         "normal": "N(0, 1)",
         "mixture": "mean of the bells N(√ᾱ<sub>t</sub> x<sub>0</sub>, 1 − ᾱ<sub>t</sub>) of all pixels",
-        "alpha bar": "ᾱ_t of every schedule: what is left of the picture",
-        "snr": "Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t) of every schedule",
+        "alpha bar": "ᾱₜ of every schedule: what is left of the picture",
+        "snr": "Signal-to-noise ratio ᾱₜ / (1 − ᾱₜ) of every schedule",
         "two": "Two steps, or one: t − 2 → t at t = {t}",
         "two at 2": "t = 1 has no two steps behind it; these are the steps to t = 2.",
         "noises": "two noises, F6",
@@ -48,7 +48,7 @@ TEXTS = {
         "bell": "the bell of F7 and F8",
         "two label": "draws of x_t after two steps and after one, and the bell of variance {0}",
         "two sum": "F7: variances add up: α<sub>t</sub>(1 − α<sub>t−1</sub>) + (1 − α<sub>t</sub>) = {0} + {1} = {2}",
-        "from": "x_t from x_{t−2} = 0.6",
+        "from": "xₜ from xₜ₋₂ = 0.6",
         "standard error": "After ±: standard errors.",
     },
     "zh": {
@@ -68,14 +68,14 @@ TEXTS = {
         "picture share": "图片，ᾱ<sub>t</sub>",
         "noise share": "噪声，1 − ᾱ<sub>t</sub>",
         "shares label": "方差的份额：图片 {0}，噪声 {1}",
-        "histogram": "x_t 的像素与钟形曲线",
-        "pixel": "x_t 的像素值",
+        "histogram": "xₜ 的像素与钟形曲线",
+        "pixel": "xₜ 的像素值",
         "by F3": "F3 得到的像素",
         "by F9": "F9 得到的像素",
         "normal": "N(0, 1)",
         "mixture": "x<sub>0</sub> 所有像素的钟形 N(√ᾱ<sub>t</sub> x<sub>0</sub>, 1 − ᾱ<sub>t</sub>) 的平均",
-        "alpha bar": "各方案的 ᾱ_t：图片还剩多少",
-        "snr": "各方案的信噪比 ᾱ_t / (1 − ᾱ_t)",
+        "alpha bar": "各方案的 ᾱₜ：图片还剩多少",
+        "snr": "各方案的信噪比 ᾱₜ / (1 − ᾱₜ)",
         "two": "两步，或一步：t − 2 → t，t = {t}",
         "two at 2": "t = 1 之前没有两步；这里是到 t = 2 的两步。",
         "noises": "两次噪声，F6",
@@ -87,7 +87,7 @@ TEXTS = {
         "bell": "F7、F8 的钟形",
         "two label": "两步后与一步后 x_t 的抽样，以及方差为 {0} 的钟形",
         "two sum": "F7：方差相加：α<sub>t</sub>(1 − α<sub>t−1</sub>) + (1 − α<sub>t</sub>) = {0} + {1} = {2}",
-        "from": "由 x_{t−2} = 0.6 得到的 x_t",
+        "from": "由 xₜ₋₂ = 0.6 得到的 xₜ",
         "standard error": "± 之后是标准误差。",
     },
 }
@@ -124,12 +124,12 @@ def _coefficients_card(words: dict[str, str], t: int, schedule: str) -> str:
     found = noising.coefficients(schedule, t)
     show, factor = svg.number, words["factor"]
     picture, noise = found.keep**2, found.add**2
-    bar = (
-        f'<svg viewBox="0 0 360 26" role="img" aria-label="'
-        f'{words["shares label"].format(f"{picture:.3f}", f"{noise:.3f}")}">'
-        f'<rect width="{360 * picture:.1f}" height="24" style="fill:var(--c0)"/>'
-        f'<rect x="{360 * picture:.1f}" width="{360 * noise:.1f}" height="24" style="fill:var(--c1)"/></svg>'
-    )
+    label = words["shares label"].format(f"{picture:.3f}", f"{noise:.3f}")
+    parts = [
+        f'<rect x="{x:.1f}" width="{360 * share:.1f}" height="24" style="fill:var(--c{colour});fill-opacity:.35"/>'
+        for x, share, colour in ((0.0, picture, 0), (360 * picture, noise, 1))
+    ]
+    bar = f'<svg viewBox="0 0 360 24" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     rows = [
         (f"F3 · {factor} x<sub>t−1</sub>, √(1 − β<sub>t</sub>) = √α<sub>t</sub>", show(found.keep_step, 5)),
         (f"F3 · {factor} ε<sub>t</sub>, √β<sub>t</sub> = √(1 − α<sub>t</sub>)", show(found.add_step, 5)),
@@ -176,7 +176,7 @@ def _histogram_card(
 def _curves(title: str, schedule: str) -> tuple[svg.Plot, list[str]]:
     """A plot with the curves of every schedule, and the parts of its drawing, kept because only the points move."""
     log = title == "snr"
-    plot = svg.Plot("", (0, T), (-6.0, 4.0) if log else (0.0, 1.0), "t", log=log)
+    plot = svg.Plot("", (0, T), (-9.0, 5.0) if log else (0.0, 1.0), "t", log=log)
     t = np.unique(np.r_[1:20:3, 20 : T + 1 : 10, T])
     for i, name in enumerate(BETA_SCHEDULES):
         found = noising.scheduler(name)
@@ -221,18 +221,14 @@ def _two_steps_card(words: dict[str, str], t: int, schedule: str, seed: int) -> 
     legend = svg.keys([(0, "fill", words["noises"]), (1, "", words["noise"]), (2, "", words["bell"])])
     total = found.first_variance + found.second_variance
     added = [show(value, 6) for value in (found.first_variance, found.second_variance, total)]
-    measured = [
-        (
-            f"{show(draws.mean(dtype=float))} ± {show((variance / DRAWS) ** 0.5, 1)}",
-            f"{show(draws.var(dtype=float))} ± {show(variance * (2 / DRAWS) ** 0.5, 1)}",
-        )
-        for draws in (found.twice, found.merged)
-    ]
+    errors = (variance / DRAWS) ** 0.5, variance * (2 / DRAWS) ** 0.5
+    means = [svg.with_error(draws.mean(dtype=float), errors[0]) for draws in (found.twice, found.merged)]
+    variances = [svg.with_error(draws.var(dtype=float), errors[1]) for draws in (found.twice, found.merged)]
     rows = [
         (words["factor of"], show(found.keep_twice, 6), show(found.keep_merged, 6)),
         (words["variance"], show(total, 6), show(variance, 6)),
-        (words["drawn mean"].format(n=f"{DRAWS:,}"), measured[0][0], measured[1][0]),
-        (words["drawn variance"], measured[0][1], measured[1][1]),
+        (words["drawn mean"].format(n=f"{DRAWS:,}"), *means),
+        (words["drawn variance"], *variances),
     ]
     return svg.card(
         words["two"].format(t=t),
@@ -254,12 +250,16 @@ def page(language: str, picture: np.ndarray, t: float | None, schedule: str, see
     words, t = TEXTS[language], whole(t, 1, T)
     noised = noising.chain(picture, t, schedule, seed), noising.closed_form(picture, t, schedule, seed)
     return svg.board(
-        _pictures_card(words, picture, noised, t, schedule),
-        _histogram_card(words, picture, noised, t, schedule),
-        _coefficients_card(words, t, schedule),
-        _schedule_card(words, "alpha bar", t, schedule),
-        _schedule_card(words, "snr", t, schedule),
-        _two_steps_card(words, t, schedule, seed),
+        (
+            _pictures_card(words, picture, noised, t, schedule),
+            _coefficients_card(words, t, schedule),
+            _schedule_card(words, "alpha bar", t, schedule),
+        ),
+        (
+            _histogram_card(words, picture, noised, t, schedule),
+            _schedule_card(words, "snr", t, schedule),
+            _two_steps_card(words, t, schedule, seed),
+        ),
     )
 
 
@@ -275,7 +275,7 @@ def tab(language: str) -> None:
             again = gr.Button(words["again"])
             picture = picture_input(language)
         with gr.Column(scale=3, min_width=320):
-            shown = gr.HTML(page(language, example(0), 200, "linear", 0))
+            shown = gr.HTML(page(language, example(0), 200, "linear", 0), apply_default_css=False)
     seed = gr.State(0)
 
     def draw(picture: np.ndarray, t: float | None, schedule: str, seed: int) -> str:

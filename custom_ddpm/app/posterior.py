@@ -18,6 +18,7 @@ POINTS = 8001  # of the grid
 class Bayes(NamedTuple):
     """R2, R3, R4 and R7 for one pixel."""
 
+    t: int
     s: int
     x_0: float
     x_t: float
@@ -33,6 +34,11 @@ class Bayes(NamedTuple):
     variance: float
     of_original: float  # the weights in that mean
     of_sample: float
+
+    @property
+    def name(self) -> str:
+        """The number of the formula of its mean and variance."""
+        return "R4" if self.s == self.t - 1 else "R7"
 
     @property
     def log_evidence(self) -> float:
@@ -92,7 +98,7 @@ def bayes(schedule: str, t: int, s: int, x_0: float, x_t: float) -> Bayes:
     mean, variance = posterior(x_0, x_t)
     weights = posterior(1.0, 0.0)[0], posterior(0.0, 1.0)[0]
     prior, evidence = (keep_s * x_0, prior_variance), (keep_t * x_0, add_t**2)
-    return Bayes(s, x_0, x_t, keep, beta, *prior, *evidence, A, B, mean, variance, *weights)
+    return Bayes(t, s, x_0, x_t, keep, beta, *prior, *evidence, A, B, mean, variance, *weights)
 
 
 def measured(found: Bayes) -> Measured:

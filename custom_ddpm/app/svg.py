@@ -19,27 +19,31 @@ COLOURS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")  # so that curves differ for those who do not see the colours
 STYLE = """<style>
 .ddpm{--c0:#1a63c0;--c1:#b34a00;--c2:#157a38;--c3:#8a2be2;--c4:#be185d;--c5:#0b7285;color:var(--body-text-color,inherit);
-display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));font-size:14px;line-height:1.4}
+display:flex;flex-wrap:wrap;gap:14px;font-size:14px;line-height:1.4}
+.ddpm>div{flex:1 1 min(100%,320px);min-width:0;display:grid;gap:14px;align-content:start}
 .dark .ddpm{--c0:#79b4ff;--c1:#ffa15c;--c2:#5fe08a;--c3:#d0a6ff;--c4:#ff92c8;--c5:#5fd6ea}
-.ddpm section{border:1px solid var(--border-color-primary,#8886);border-radius:10px;padding:12px;min-width:0}
-.ddpm .wide{grid-column:1/-1}
-.ddpm h3{margin:0 0 8px;font-size:15px;font-weight:600;color:inherit}
+.ddpm section{border:1px solid var(--border-color-primary,#8886);border-radius:10px;padding:12px;min-width:0;
+container-type:inline-size}
+.ddpm h2{margin:0 0 8px;font-size:16px;font-weight:600;color:inherit}
 .ddpm p{margin:6px 0}
 .ddpm svg{display:block;width:100%;height:auto;overflow:visible}
-.ddpm svg text{fill:currentColor;font-size:12px;font-family:inherit}
-.ddpm .pictures{display:flex;flex-wrap:wrap;gap:10px}
-.ddpm figure{margin:0;flex:1 1 96px;max-width:230px;min-width:0}
+.ddpm svg text{fill:currentColor;font-size:12.5px;font-family:inherit;paint-order:stroke;stroke-width:3px;
+stroke:var(--background-fill-primary,#fff0);stroke-linejoin:round}
+@container (max-width:320px){.ddpm svg text{font-size:15px}}
+.ddpm .pictures{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px}
+.ddpm figure{margin:0}
 .ddpm figcaption{font-size:13px;margin-top:4px}
 .ddpm .keys{display:flex;flex-wrap:wrap;gap:2px 14px;list-style:none;margin:6px 0 0;padding:0;font-size:13px}
 .ddpm .keys li{display:flex;align-items:center;gap:5px;margin:0}
 .ddpm .keys svg{width:26px;flex:none}
 .ddpm table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13px;margin:6px 0 0}
-.ddpm th,.ddpm td{text-align:right;padding:3px 4px;border:0;border-bottom:1px solid var(--border-color-primary,#8886);
-font-weight:400;color:inherit;background:none}
+.ddpm th,.ddpm td{text-align:right;padding:3px 4px;border-top:1px solid var(--border-color-primary,#8886);
+font-weight:400}
 .ddpm th:first-child{text-align:left}
-.ddpm thead th{font-weight:600}
-.ddpm .formula{display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px;margin:8px 0 2px;font-size:16px}
-.ddpm .formula b{font-size:12px;border:1px solid;border-radius:5px;padding:0 5px}
+.ddpm thead th{font-weight:600;border-top:0}
+.ddpm .formula{display:grid;grid-template-columns:30px 1fr;align-items:center;gap:8px;margin:8px 0 2px;font-size:16px}
+.ddpm .formula span{display:flex;flex-wrap:wrap;align-items:center;gap:4px}
+.ddpm .formula b{font-size:12px;border:1px solid;border-radius:5px;text-align:center}
 .ddpm math{font-family:"Latin Modern Math","STIX Two Math","Cambria Math",math,serif}
 </style>"""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -54,6 +58,12 @@ def number(value: float, digits: int = 4) -> str:
         return f"{value:.{digits}g}".replace("-", "−") if abs(value) < 10**digits else f"{value:.0f}".replace("-", "−")
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa.replace('-', '−')}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def with_error(value: float, error: float) -> str:
+    """A measured number and its standard error, both to the first digit of the error."""
+    decimals = max(0, -math.floor(math.log10(error))) if error > 0 else 4
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
 
 
 def number_from_log(log: float, digits: int = 4) -> str:
@@ -171,7 +181,7 @@ class Plot:
         for tick in ticks(*self.x):
             at = self._place([tick], [1.0])[0, 0]
             axes.append(f'<text x="{at:.1f}" y="{height + 15}" text-anchor="middle">{number(tick, 3)}</text>')
-        for tick in ticks(*self.y, 5) if self.y_ticks else []:
+        for tick in ticks(*self.y, 8 if self.log else 5) if self.y_ticks else []:
             if self.log and tick != int(tick):
                 continue
             at = self._place([self.x[0]], [10.0**tick if self.log else tick])[0, 1]
@@ -194,13 +204,15 @@ def keys(entries: Sequence[tuple[int, str, str]]) -> str:
     """A legend.
 
     Args:
-        entries: colour, dash ("fill" for an area) and text of each; the text is HTML.
+        entries: colour, dash ("fill" for an area, "dots" for points) and text of each; the text is HTML.
     """
     lines = []
     for colour, dash, text in entries:
         ink = f"var(--c{colour})"
         if dash == "fill":
             sign = f'<rect x="1" y="1" width="24" height="10" style="fill:{ink};fill-opacity:.35"/>'
+        elif dash == "dots":
+            sign = "".join(f'<circle cx="{x}" cy="6" r="3" style="fill:{ink}"/>' for x in (5, 13, 21))
         else:
             dashes = f";stroke-dasharray:{dash}" if dash else ""
             sign = f'<path d="M1 6H25" style="stroke:{ink};stroke-width:2.5{dashes}"/>'
@@ -246,14 +258,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
 
 
-def card(title: str, *body: str, wide: bool = False) -> str:
-    """A framed part of the page with a title; `wide`: as wide as all columns."""
-    return f"<section{' class=wide' if wide else ''}><h3>{escape(title)}</h3>{''.join(body)}</section>"
+def card(title: str, *body: str) -> str:
+    """A framed part of the page with a title."""
+    return f"<section><h2>{escape(title)}</h2>{''.join(body)}</section>"
 
 
-def board(*cards: str) -> str:
-    """The cards in as many columns as fit, with their style."""
-    return f'{STYLE}<div class="ddpm">{"".join(cards)}</div>'
+def board(*columns: Sequence[str]) -> str:
+    """Columns of cards with their style; on a narrow page below each other."""
+    return STYLE + '<div class="ddpm">' + "".join(f"<div>{''.join(cards)}</div>" for cards in columns) + "</div>"
 
 
 def formula(name: str, *pieces: str) -> str:
@@ -264,14 +276,14 @@ def formula(name: str, *pieces: str) -> str:
         pieces: in the characters of the formula, with _ for an index, ^ for a power, {…} for a group, \sqrt{…} and
             \frac{…}{…}: "x_t = \sqrt{ᾱ_t} x_0".
     """
-    return f'<div class="formula"><b>{escape(name)}</b>{"".join(math_text(piece) for piece in pieces)}</div>'
+    return f'<div class="formula"><b>{escape(name)}</b><span>{"".join(map(math_text, pieces))}</span></div>'
 
 
 @lru_cache(maxsize=256)
 def math_text(text: str) -> str:
     """A formula as MathML; see `formula`."""
     tokens = _TOKENS.findall(text)[::-1]
-    return f"<math>{_group(tokens)}</math>"
+    return f'<math displaystyle="true">{_group(tokens)}</math>'
 
 
 def _group(tokens: list[str]) -> str:
@@ -294,11 +306,14 @@ def _atom(tokens: list[str]) -> str:
     if token == "{":
         return _group(tokens)
     if token == "\\sqrt":
-        return f"<msqrt>{_atom(tokens)}</msqrt>"
+        # Without a font for mathematics the root reaches into what is under it.
+        return f'<msqrt><mspace width="0.12em"/>{_atom(tokens)}</msqrt>'
     if token == "\\frac":
         return f"<mfrac>{_atom(tokens)}{_atom(tokens)}</mfrac>"
     if token[0].isalpha():
         return f"<mi>{token}</mi>"
     if token[0].isdigit():
         return f"<mn>{token}</mn>"
-    return f'<mo stretchy="false">{escape(token)}</mo>'
+    # In a piece of a formula an operator may come first or last, where it would be set like a sign.
+    form = ' form="infix"' if token in "+−=" else ""
+    return f'<mo stretchy="false"{form}>{escape(token)}</mo>'
