@@ -88,19 +88,19 @@ def _walk(x: torch.Tensor, schedule: str, seed: int, start: int, end: int) -> to
     return x
 
 
-@lru_cache(maxsize=16)
-def _kept_states(pixels: bytes, shape: tuple[int, ...], schedule: str, seed: int) -> list[torch.Tensor]:
-    """x at t = 0, BLOCK, 2·BLOCK, …: a slider's move then costs less than a block of steps."""
-    states = [as_sample(np.frombuffer(pixels, np.uint8).reshape(shape))]
-    for start in range(0, T, BLOCK):
-        states.append(_walk(states[-1], schedule, seed, start, start + BLOCK))
-    return states
+@lru_cache(maxsize=16 * T // BLOCK)
+def _kept(pixels: bytes, shape: tuple[int, ...], schedule: str, seed: int, block: int) -> torch.Tensor:
+    """x at t = block · BLOCK, kept so that a slider's move costs less than a block of steps."""
+    if block == 0:
+        return as_sample(np.frombuffer(pixels, np.uint8).reshape(shape))
+    before = _kept(pixels, shape, schedule, seed, block - 1)
+    return _walk(before, schedule, seed, (block - 1) * BLOCK, block * BLOCK)
 
 
 def chain(picture: np.ndarray, t: int, schedule: str, seed: int) -> torch.Tensor:
     """x_t, (1, C, H, W), after t steps of F3."""
-    kept = _kept_states(picture.tobytes(), picture.shape, schedule, seed)
-    return _walk(kept[t // BLOCK], schedule, seed, t - t % BLOCK, t)
+    kept = _kept(picture.tobytes(), picture.shape, schedule, seed, t // BLOCK)
+    return _walk(kept, schedule, seed, t - t % BLOCK, t)
 
 
 def closed_form(picture: np.ndarray, t: int, schedule: str, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from .noising import T, scheduler, whole
 
-POINTS = 8001  # of the grid
+GRIDS, POINTS = 3, 1001
 
 
 class Bayes(NamedTuple):
@@ -104,18 +104,22 @@ def bayes(schedule: str, t: int, s: int, x_0: float, x_t: float) -> Bayes:
 def measured(found: Bayes) -> Measured:
     """The product on a grid, its area, mean and variance; needs s > 0.
 
-    The grid reaches from the lower of the two centres to the higher, and 8 deviations of the narrower bell beyond: the
-    product is no wider than either of them, and its peak lies between them.
+    The product has its peak between the two centres, and is no wider than the narrower bell. The first grid reaches 8
+    of its deviations beyond the centres; the next ones, finer, beyond the highest point of the last.
     """
     centre, variance = found.likelihood
     beyond = 8 * math.sqrt(min(variance, found.prior_variance))
-    x = np.linspace(min(centre, found.prior_mean) - beyond, max(centre, found.prior_mean) + beyond, POINTS)
-    log = found.log_product(x)
+    low, high = min(centre, found.prior_mean), max(centre, found.prior_mean)
+    for _ in range(GRIDS):
+        x = np.linspace(low - beyond, high + beyond, POINTS)
+        log = found.log_product(x)
+        peak, spacing = float(x[log.argmax()]), float(x[1] - x[0])
+        low, high = peak - spacing, peak + spacing
     height = np.exp(log - log.max())
     total = height.sum()
     mean = float((height * x).sum() / total)
     spread = float((height * (x - mean) ** 2).sum() / total)
-    return Measured(x, height, float(log.max() + math.log(total * (x[1] - x[0]))), mean, spread)
+    return Measured(x, height, float(log.max() + math.log(total * spacing)), mean, spread)
 
 
 def steps(t: float | None, s: float | None, follows: bool) -> tuple[int, int]:
