@@ -309,11 +309,16 @@ def tab(language: str) -> None:
             )
     seed = gr.State(0)
 
-    def draw(*values: Any) -> str:
-        return page(language, *values)
+    def draw(t: Any, s: Any, follows: bool, x_0: Any, x_t: Any, zoom: bool, schedule: str) -> str:
+        return page(language, t, s, follows, x_0, x_t, zoom, schedule)
 
-    def draw_pixel(*values: Any) -> str:
-        return pixel_page(language, *values)
+    def draw_pixel(t: Any, s: Any, follows: bool, zoom: bool, schedule: str, *which: Any) -> str:
+        return pixel_page(language, t, s, follows, zoom, schedule, *which)
+
+    def draw_both(
+        t: Any, s: Any, follows: bool, zoom: bool, schedule: str, x_0: Any, x_t: Any, *which: Any
+    ) -> tuple[str, str]:
+        return draw(t, s, follows, x_0, x_t, zoom, schedule), draw_pixel(t, s, follows, zoom, schedule, *which)
 
     def fit(picture: np.ndarray) -> tuple[Any, Any]:
         height, width = picture.shape[:2]
@@ -322,9 +327,11 @@ def tab(language: str) -> None:
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     again.click(lambda seed: seed + 1, seed, seed, **quick)
     picture.change(fit, picture, [row, column], **quick)
-    upper = [t, s, follows, x_0, x_t, zoom, schedule]
-    lower = [t, s, follows, zoom, schedule, picture, row, column, seed]
-    for control in upper:
-        control.change(draw, upper, shown, trigger_mode="always_last", **quick)
-    for control in lower:
-        control.change(draw_pixel, lower, pixel, trigger_mode="always_last", **quick)
+    shared, values, which = [t, s, follows, zoom, schedule], [x_0, x_t], [picture, row, column, seed]
+    for controls, function, inputs, outputs in (
+        (shared, draw_both, [*shared, *values, *which], [shown, pixel]),
+        (values, draw, [t, s, follows, *values, zoom, schedule], [shown]),
+        (which, draw_pixel, [*shared, *which], [pixel]),
+    ):
+        for control in controls:
+            control.change(function, inputs, outputs, trigger_mode="always_last", **quick)

@@ -177,7 +177,7 @@ def _curves(title: str, schedule: str) -> tuple[svg.Plot, list[str]]:
     """A plot with the curves of every schedule, and the parts of its drawing, kept because only the points move."""
     log = title == "snr"
     plot = svg.Plot("", (0, T), (-9.0, 5.0) if log else (0.0, 1.0), "t", log=log)
-    t = np.unique(np.r_[1:20:3, 20 : T + 1 : 10, T])
+    t = np.r_[1:20:3, 20 : T - 20 : 20, T - 20 : T + 1 : 4]
     for i, name in enumerate(BETA_SCHEDULES):
         found = noising.scheduler(name)
         k = torch.from_numpy(t - 1)
