@@ -8,7 +8,7 @@ import PIL.Image
 
 from ..schedules import BETA_SCHEDULES
 from . import noising, svg
-from .examples import example, picture_input
+from .examples import example, picture_input, slider
 from .noising import T, whole
 from .posterior import Bayes, bayes, measured, steps
 
@@ -23,8 +23,8 @@ TEXTS = {
         "x_t": "xₜ, the noised pixel",
         "zoom": "Zoom to the bells",
         "schedule": "β schedule (F4)",
-        "row": "Row of the pixel",
-        "column": "Column of the pixel",
+        "row": "Pixel, from the top (%)",
+        "column": "Pixel, from the left (%)",
         "again": "Other noise",
         "bells": "Which xₛ led to xₜ? t = {t}, s = {s}",
         "real": "The same for a pixel of a picture",
@@ -64,8 +64,8 @@ TEXTS = {
         "x_t": "xₜ，加噪后的像素",
         "zoom": "放大到钟形",
         "schedule": "β 方案（F4）",
-        "row": "像素的行",
-        "column": "像素的列",
+        "row": "像素，距上边（%）",
+        "column": "像素，距左边（%）",
         "again": "换一份噪声",
         "bells": "xₜ 从哪个 xₛ 来？t = {t}，s = {s}",
         "real": "对图片的一个像素做同样的事",
@@ -251,19 +251,25 @@ def pixel_page(
     zoom: bool,
     schedule: str,
     picture: np.ndarray,
-    row: float | None,
-    column: float | None,
+    from_top: float | None,
+    from_left: float | None,
     seed: int,
 ) -> str:
-    """The lower part of the tab, as HTML: a picture, its noised version, and the bells of one of its pixels."""
+    """The lower part of the tab, as HTML: a picture, its noised version, and the bells of one of its pixels.
+
+    `from_top` and `from_left` are per cent of the picture's height and width.
+    """
     words = TEXTS[language]
     t, s = steps(t, s, follows)
     picture = as_gray(picture)
-    row, column = whole(row, 1, picture.shape[0]), whole(column, 1, picture.shape[1])
-    mark = (row - 1, column - 1)
+    height, width = picture.shape
+    mark = row, column = (
+        round(whole(from_top, 0, 100) / 100 * (height - 1)),
+        round(whole(from_left, 0, 100) / 100 * (width - 1)),
+    )
     x_0, x_t = noising.as_sample(picture), noising.closed_form(picture, t, schedule, seed)
     mean, _ = noising.scheduler(schedule).posterior_mean_variance(x_0, x_t, t - 1, s - 1)
-    values = [float(x[0, 0, row - 1, column - 1]) for x in (x_0, x_t, mean)]
+    values = [float(x[0, 0, row, column]) for x in (x_0, x_t, mean)]
     names = ("original", "noised", "posterior mean")
     captions = [words[name].format(svg.number(v)) for name, v in zip(names, values, strict=True)]
     pictures = "".join(
@@ -274,7 +280,7 @@ def pixel_page(
     shown = svg.card(
         words["pictures"],
         f'<div class="pictures">{pictures}</div>',
-        f"<p>{words['gray'].format(row=row, column=column)}</p>",
+        f"<p>{words['gray'].format(row=row + 1, column=column + 1)}</p>",
     )
     bells = bells_card(words, words["bells"].format(t=t, s=s), found, zoom)
     return svg.board((shown, square_card(words, found)), (bells,))
@@ -287,11 +293,11 @@ def tab(language: str) -> None:
     words = TEXTS[language]
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            t = gr.Slider(1, T, value=300, step=1, label=words["t"])
-            s = gr.Slider(0, T - 1, value=150, step=1, label=words["s"])
+            t = slider(1, T, 300, 1, words["t"])
+            s = slider(0, T - 1, 150, 1, words["s"])
             follows = gr.Checkbox(False, label=words["follows"])
-            x_0 = gr.Slider(-1, 1, value=0.6, step=0.01, label=words["x_0"])
-            x_t = gr.Slider(-3, 3, value=-0.8, step=0.01, label=words["x_t"])
+            x_0 = slider(-1, 1, 0.6, 0.01, words["x_0"])
+            x_t = slider(-3, 3, -0.8, 0.01, words["x_t"])
             zoom = gr.Checkbox(False, label=words["zoom"])
             schedule = gr.Dropdown(list(BETA_SCHEDULES), value="linear", label=words["schedule"])
         with gr.Column(scale=3, min_width=320):
@@ -299,13 +305,13 @@ def tab(language: str) -> None:
     gr.Markdown(f"## {words['real']}")
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            row = gr.Slider(1, 32, value=16, step=1, label=words["row"])
-            column = gr.Slider(1, 32, value=10, step=1, label=words["column"])
+            row = slider(0, 100, 50, 1, words["row"])
+            column = slider(0, 100, 30, 1, words["column"])
             again = gr.Button(words["again"])
             picture = picture_input(language)
         with gr.Column(scale=3, min_width=320):
             pixel = gr.HTML(
-                pixel_page(language, 300, 150, False, False, "linear", example(0), 16, 10, 0), apply_default_css=False
+                pixel_page(language, 300, 150, False, False, "linear", example(0), 50, 30, 0), apply_default_css=False
             )
     seed = gr.State(0)
 
@@ -320,13 +326,8 @@ def tab(language: str) -> None:
     ) -> tuple[str, str]:
         return draw(t, s, follows, x_0, x_t, zoom, schedule), draw_pixel(t, s, follows, zoom, schedule, *which)
 
-    def fit(picture: np.ndarray) -> tuple[Any, Any]:
-        height, width = picture.shape[:2]
-        return gr.Slider(maximum=height, value=(height + 1) // 2), gr.Slider(maximum=width, value=(width + 1) // 3)
-
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     again.click(lambda seed: seed + 1, seed, seed, **quick)
-    picture.change(fit, picture, [row, column], **quick)
     shared, values, which = [t, s, follows, zoom, schedule], [x_0, x_t], [picture, row, column, seed]
     for controls, function, inputs, outputs in (
         (shared, draw_both, [*shared, *values, *which], [shown, pixel]),

@@ -32,6 +32,7 @@ WORDS = {
         "own": "Your own picture",
         "upload": "Upload (PNG, JPEG, WebP, GIF, BMP)",
         "draw": "or draw",
+        "brush": "choose the brush, then draw",
         "large file": "The file has {size} MB; at most {limit} MB are read.",
         "no picture": "The file cannot be read as a picture (PNG, JPEG, WebP, GIF or BMP).",
         "large picture": "The picture has {width} × {height} pixels; at most {limit} million are read.",
@@ -42,6 +43,7 @@ WORDS = {
         "own": "自己的图片",
         "upload": "上传（PNG、JPEG、WebP、GIF、BMP）",
         "draw": "或手绘",
+        "brush": "先选画笔，再画",
         "large file": "文件有 {size} MB；最多读取 {limit} MB。",
         "no picture": "无法把该文件读作图片（PNG、JPEG、WebP、GIF 或 BMP）。",
         "large picture": "图片有 {width} × {height} 个像素；最多读取 {limit} 百万像素。",
@@ -98,6 +100,19 @@ def read_upload(file: str, language: str = "en") -> np.ndarray:
     raise ValueError(words["large picture"].format(width=width, height=height, limit=LARGEST_UPLOAD // 1_000_000))
 
 
+def slider(minimum: float, maximum: float, value: float, step: float, label: str) -> Any:
+    """A `gr.Slider` whose number field may be emptied, which counts as the lowest value; Gradio's own fails there."""
+    import gradio as gr
+
+    made = gr.Slider(minimum, maximum, value=value, step=step, label=label)
+
+    def lenient(payload: float | None) -> float:
+        return minimum if payload is None else min(max(payload, minimum), maximum)
+
+    made.preprocess = lenient  # type: ignore[method-assign]
+    return made
+
+
 def picture_input(language: str) -> Any:
     """Controls to choose a digit, upload a file or draw, as part of a page.
 
@@ -113,6 +128,7 @@ def picture_input(language: str) -> Any:
         upload = gr.File(label=words["upload"], file_types=[*FORMATS.values(), ".jpeg"], height=110)
         drawing = gr.Sketchpad(
             label=words["draw"],
+            placeholder=words["brush"],
             type="pil",
             image_mode="RGB",
             canvas_size=(256, 256),
@@ -123,9 +139,9 @@ def picture_input(language: str) -> Any:
             brush=gr.Brush(default_size=18),
         )
 
-    def uploaded(file: str | None) -> Any:
+    def uploaded(file: str | None, which: int) -> Any:
         if file is None:
-            return gr.skip()
+            return example(which)
         try:
             return read_upload(file, language)
         except ValueError as error:
@@ -136,6 +152,6 @@ def picture_input(language: str) -> Any:
 
     shared: dict[str, Any] = {"outputs": chosen, "show_progress": "hidden", "api_visibility": "private"}
     digits.change(example, digits, queue=False, **shared)
-    upload.change(uploaded, upload, **shared)
+    upload.change(uploaded, [upload, digits], **shared)
     drawing.change(drawn, drawing, queue=False, trigger_mode="always_last", **shared)
     return chosen

@@ -8,7 +8,7 @@ import torch
 
 from ..schedules import BETA_SCHEDULES
 from . import noising, svg
-from .examples import example, picture_input
+from .examples import example, picture_input, slider
 from .noising import DRAWS, EDGES, START, T, whole
 
 TEXTS = {
@@ -18,8 +18,8 @@ TEXTS = {
         "again": "Other noise",
         "pictures": "The same picture, noised in two ways",
         "original": "x<sub>0</sub>, the picture (F1)",
-        "chain": "x<sub>t</sub> by the chain F3: {t} steps, {t} noises",
-        "closed": "x<sub>t</sub> by the closed form F9: one step, one noise",
+        "chain": "x<sub>t</sub> by the chain F3: t = {t}, a noise for each step",
+        "closed": "x<sub>t</sub> by the closed form F9: one noise",
         "labels": "the picture x_0|x_t at t = {t} by the chain|x_t at t = {t} by the closed form",
         "residual": "The noises differ, so the pictures do; their distribution is the same. The noise in each,",
         "of": "(mean, variance)",
@@ -57,8 +57,8 @@ TEXTS = {
         "again": "换一份噪声",
         "pictures": "同一张图片，用两种方式加噪",
         "original": "x<sub>0</sub>，图片（F1）",
-        "chain": "x<sub>t</sub>，沿链 F3：{t} 步，{t} 次噪声",
-        "closed": "x<sub>t</sub>，闭式 F9：一步，一次噪声",
+        "chain": "x<sub>t</sub>，沿链 F3：t = {t}，每步一次噪声",
+        "closed": "x<sub>t</sub>，闭式 F9：一次噪声",
         "labels": "图片 x_0|t = {t} 时沿链得到的 x_t|t = {t} 时由闭式得到的 x_t",
         "residual": "两份噪声不同，所以图片不同，但分布相同。各自所含的噪声",
         "of": "（均值，方差）",
@@ -270,7 +270,7 @@ def tab(language: str) -> None:
     words = TEXTS[language]
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            t = gr.Slider(1, T, value=200, step=1, label=words["t"])
+            t = slider(1, T, 200, 1, words["t"])
             schedule = gr.Dropdown(list(BETA_SCHEDULES), value="linear", label=words["schedule"])
             again = gr.Button(words["again"])
             picture = picture_input(language)

@@ -307,7 +307,7 @@ def _atom(tokens: list[str]) -> str:
         return _group(tokens)
     if token == "\\sqrt":
         # Without a font for mathematics the root reaches into what is under it.
-        return f'<msqrt><mspace width="0.12em"/>{_atom(tokens)}</msqrt>'
+        return f'<msqrt><mspace width="0.3em"/>{_atom(tokens)}</msqrt>'
     if token == "\\frac":
         return f"<mfrac>{_atom(tokens)}{_atom(tokens)}</mfrac>"
     if token[0].isalpha():

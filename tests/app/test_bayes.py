@@ -116,7 +116,7 @@ def test_extreme_sliders_make_a_whole_page(language, zoom):
         ]:
             for follows in (False, True):
                 html = bayes.page(language, t, s, follows, x_0, x_t, zoom, schedule)
-                html += bayes.pixel_page(language, t, s, follows, zoom, schedule, picture, 99, None, 0)
+                html += bayes.pixel_page(language, t, s, follows, zoom, schedule, picture, 100, None, 0)
                 assert {"R2", "R3"} <= formula_numbers(parsed(html)), (t, s)
                 assert not re.search(r"\b(nan|inf)\b", re.sub(r'base64,[^"]*', "", html))
 
@@ -143,7 +143,7 @@ def test_evidence_smaller_than_any_float():
 def test_the_pixel_shown_is_the_pixel_chosen():
     picture = np.zeros((20, 30, 3), np.uint8)
     picture[6, 11] = 204  # gray, 0.6
-    root = parsed(bayes.pixel_page("en", 50, 20, False, False, "linear", picture, 7, 12, 0))
+    root = parsed(bayes.pixel_page("en", 50, 20, False, False, "linear", picture, 32, 38, 0))  # 6 of 19, 11 of 29
     captions = ["".join(each.itertext()) for each in root.iter("figcaption")]
     assert captions[0].endswith("0.6")
     frame = next(root.iter("rect"))
@@ -186,3 +186,10 @@ def test_the_tab_is_built():
         assert not each.queue and each.show_progress == "hidden" and each.trigger_mode == "always_last"
     both = moves[0].fn(7, 3, False, False, "linear", 0.5, 0.5, examples.example(0), 1, 1, 0)
     assert len(both) == 2 and all("t = 7" in html for html in both)
+
+
+def test_an_emptied_number_field_is_the_lowest_value():
+    gradio = pytest.importorskip("gradio")
+    with gradio.Blocks():
+        slider = examples.slider(-3, 3, 1.5, 0.01, "x")
+    assert [slider.preprocess(value) for value in (None, 0.25, -9, 9)] == [-3, 0.25, -3, 3]
