@@ -54,7 +54,9 @@ def number(value: float, digits: int = 4) -> str:
     """A number for people: `digits` significant digits, and powers of ten where it is far from 1."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "−∞" if value < 0 else "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
+    if value == 0:  # also −0
+        return "0"
+    if 1e-3 <= abs(value) < 1e6:
         return f"{value:.{digits}g}".replace("-", "−") if abs(value) < 10**digits else f"{value:.0f}".replace("-", "−")
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa.replace('-', '−')}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"

@@ -180,7 +180,7 @@ def test_the_tab_is_built():
         for language in ("en", "zh"):
             with gradio.Tab(language):
                 bayes.tab(language)
-    moves = [each for each in blocks.fns.values() if each.targets[0][1] == "change" and len(each.inputs) > 1]
+    moves = [each for each in blocks.fns.values() if each.targets[0][1] == "change" and len(each.inputs) > 2]
     assert sorted(len(each.inputs) for each in moves) == [7] * 4 + [9] * 8 + [11] * 10
     for each in moves:
         assert not each.queue and each.show_progress == "hidden" and each.trigger_mode == "always_last"

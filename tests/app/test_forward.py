@@ -188,7 +188,15 @@ def test_too_large_and_damaged_files_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (-0.25, "−0.25"), (123456, "123456"), (1.5e-7, "1.500·10⁻⁷"), (math.inf, "∞"), (0.99995, "1")],
+    [
+        (0, "0"),
+        (-0.0, "0"),
+        (-0.25, "−0.25"),
+        (123456, "123456"),
+        (1.5e-7, "1.500·10⁻⁷"),
+        (math.inf, "∞"),
+        (0.99995, "1"),
+    ],
 )
 def test_numbers(value, text):
     assert svg.number(value) == text
@@ -225,3 +233,14 @@ def test_the_tab_is_built():
         assert not each.queue and each.show_progress == "hidden" and each.trigger_mode == "always_last"
         html = each.fn(examples.example(1), T, "exp", 0)
         assert "t = 1000" in html
+
+
+def test_a_drawing_becomes_the_picture():
+    gradio = pytest.importorskip("gradio")
+    with gradio.Blocks() as blocks:
+        examples.picture_input("en")
+    draw = next(each.fn for each in blocks.fns.values() if isinstance(each.inputs[0], gradio.Sketchpad))
+    drawing = PIL.Image.new("RGB", (256, 256), "white")
+    drawing.paste("black", (0, 0, 128, 256))
+    pixels = draw({"background": None, "layers": [], "composite": drawing})
+    assert pixels.shape == (64, 64) and (pixels[:, :30] == 0).all() and (pixels[:, 34:] == 255).all()
