@@ -12,7 +12,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from . import edit, generate, train_tab
+from . import bayes, edit, forward, generate, train_tab
 from .limits import MB, Limits
 from .texts import LANGUAGES, say
 from .trainer import Trainer
@@ -102,6 +102,10 @@ def _fill(language: str, settings: Settings, trainer: Trainer) -> None:
                 generate.tab(language, model, settings.limits)
             with gr.Tab(say(language, "edit")):
                 edit.tab(language, model, settings.limits)
+        with gr.Tab(say(language, "forward")):
+            forward.tab(language, settings.limits)
+        with gr.Tab(say(language, "bayes")):
+            bayes.tab(language, settings.limits)
         with gr.Tab(say(language, "train")):
             train_tab.tab(language, settings.runs, trainer, settings.is_local)
 

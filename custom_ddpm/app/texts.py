@@ -10,6 +10,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "other_language": ("中文", "English"),
     "generate": ("Generate", "生成"),
     "edit": ("Edit", "编辑"),
+    "forward": ("Forward", "前向"),
+    "bayes": ("Bayes", "贝叶斯"),
     "train": ("Train", "训练"),
     "no_model": (
         "This page was started without a model. Train one, in about two minutes, with `{train}`, or on the tab "
