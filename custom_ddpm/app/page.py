@@ -2,6 +2,8 @@
 
 import ipaddress
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -123,6 +125,8 @@ def serve(settings: Settings, started: Callable[[], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="custom-ddpm-app-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache  # what visitors upload and draw is deleted with it
         page = build_page(settings)
+        # What was started from the page is ended with it, see `Trainer`, and the folder is deleted.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         page.launch(prevent_thread_lock=True, **launch_options(settings))
         started()
         page.block_thread()

@@ -68,7 +68,8 @@ def tab(language: str, runs: Path, trainer: Trainer, may_start: bool) -> None:
     state = gr.Markdown(elem_id=f"training-{language}")
     shown, seen = gr.HTML(elem_id=f"run-{language}", padding=False), gr.State(None)
     outputs = [state, shown, seen]
-    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # Looks do not stand in the queue, where they would take the places of drawing.
+    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 
     def look(name: str | None, before: Any) -> tuple[Any, Any, Any]:
         return watched(runs, language, trainer, name, before)
