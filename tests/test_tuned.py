@@ -91,6 +91,12 @@ def test_entries_that_are_none_are_refused(entry):
         make(tuned=[entry])
 
 
+@pytest.mark.parametrize("tuned", [10, "10 2 0 trailing", {10: "2 0 trailing"}])
+def test_what_is_no_list_of_entries_is_refused(tuned):
+    with pytest.raises(ValueError, match=r"tuned is .*; it must be a list of entries, such as \['10 2 0 trailing'\]"):
+        make(tuned=tuned)
+
+
 def test_optimal_timesteps_need_their_table():
     with pytest.raises(ValueError, match="tuned has '5 3 0 optimal'"):
         make(prediction_errors=None)
@@ -131,6 +137,8 @@ def test_the_pipeline_says_once_how_it_steps(monkeypatch):
     for n in (5, 5, 4, steps):
         pipeline(num_inference_steps=n)
     assert messages == [f"{n} steps of order 2, eta 0, trailing timesteps, as tuned for this model" for n in (5, 4)]
+    pipeline(num_inference_steps=5, eta=1.0)
+    assert messages[2:] == ["5 steps of order 2, trailing timesteps, as tuned for this model; eta 1 as given"]
 
 
 def test_what_is_given_goes_before_what_was_tuned():
