@@ -9,6 +9,7 @@ from conftest import make_pipeline
 from custom_ddpm.pipelines import pipeline_custom_ddpm
 from test_timesteps import exact_errors
 
+from custom_ddpm.sample_command import build_sampler
 from custom_ddpm.scheduler import CustomDDPMScheduler
 
 ERRORS = exact_errors("linear", [0.2]).tolist()
@@ -122,6 +123,65 @@ def test_a_tuned_model_loads_with_and_without_this_class(tmp_path):
     torch.testing.assert_close(draw(remote), expected, rtol=1e-4, atol=1e-4)
     for stock in (diffusers.DDPMScheduler, diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
         assert stock.from_pretrained(tmp_path, subfolder="scheduler").config.num_train_timesteps == steps
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a scheduler as `custom-ddpm tune` saves it."""
+    tuned = make(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", solver_order=2, corrector=True)
+    tuned.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def warnings_of(monkeypatch, load):
+    """What diffusers warns of."""
+    messages = []
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", messages.append)
+    return load(), " ".join(messages)
+
+
+def test_what_carries_over_to_schedulers_of_diffusers(saved, monkeypatch):
+    """The sentences of docs/sampling.md."""
+    dpm, told = warnings_of(monkeypatch, lambda: diffusers.DPMSolverMultistepScheduler.from_pretrained(saved))
+    assert "tuned" in told and "prediction_errors" in told and "corrector" in told
+    assert dpm.config.solver_order == 2 and dpm.config.prediction_type == "v_prediction"
+    ours = CustomDDPMScheduler.from_pretrained(saved)
+    torch.testing.assert_close(dpm.alphas_cumprod, ours.alphas_cumprod)
+    ours.set_timesteps(5)
+    chosen = ours.timesteps.tolist()
+    takes = "DDPM DPMSolverMultistep DPMSolverSinglestep HeunDiscrete EulerDiscrete LCM"
+    for name in takes.split():
+        other = getattr(diffusers, f"{name}Scheduler").from_pretrained(saved)
+        other.set_timesteps(timesteps=chosen)
+        assert list(dict.fromkeys(other.timesteps.int().tolist())) == chosen, name
+    for name in ("DDIM", "DEISMultistep", "UniPCMultistep"):
+        with pytest.raises(TypeError, match="timesteps"):
+            getattr(diffusers, f"{name}Scheduler").from_pretrained(saved).set_timesteps(timesteps=chosen)
+
+
+def test_ancestral_steps_of_diffusers_at_the_tuned_timesteps_are_ours(saved):
+    theirs = diffusers.DDPMScheduler.from_pretrained(saved, clip_sample=False)
+    ours = make(tuned=None, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    ours.set_timesteps(10)
+    theirs.set_timesteps(timesteps=ours.timesteps.tolist())
+    x, output = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in ours.timesteps[:-1]:  # they add noise in the last step
+        a, b = (s.step(output, t, x, generator=torch.Generator().manual_seed(1)).prev_sample for s in (ours, theirs))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scheduler_option_of_sample_takes_nothing_tuned_and_does_not_warn(saved, monkeypatch):
+    trained = CustomDDPMScheduler.from_pretrained(saved)
+    plain = make(tuned=None, prediction_errors=None, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"):
+        sampler, told = warnings_of(monkeypatch, lambda name=name: build_sampler(name, [], trained))
+        assert told == ""
+        expected = getattr(diffusers, name).from_config(plain.config)
+        for each in (sampler, expected):
+            each.set_timesteps(10)
+        assert torch.equal(sampler.timesteps, expected.timesteps)
+        assert sampler.config.get("solver_order") == expected.config.get("solver_order")
+    assert build_sampler("CustomDDPMScheduler", [], trained).config.tuned == TUNED
 
 
 def test_the_pipeline_says_once_how_it_steps(monkeypatch):
