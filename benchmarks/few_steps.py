@@ -4,8 +4,8 @@
 
 measures what the file lacks, one line for each sampler and number of steps: the Fréchet distance of its pictures, from
 the same seeds, and CPU seconds per picture. A model that `custom-ddpm tune` has measured has a row of its own. Where
-the number of pictures is small the distances are biased upwards, all of them alike: those of the first half of the
-pictures are stored as well, to compare with a number of steps that is too slow for all of them. Then
+the number of pictures is small the distances are biased upwards, all of them alike; a number of steps that is too slow
+for many pictures is compared with others of as few. Then
 
     python benchmarks/few_steps.py --results FILE.jsonl --page docs/benchmarks.md
 
@@ -15,6 +15,7 @@ docs/images/few-steps-FILE.png.
 
 import argparse
 import json
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from custom_ddpm.sampling import clipping, untuned
 TRAILING = {"timestep_spacing": "trailing"}
 STEPS = [5, 8, 10, 15, 20, 50, 100]
 TUNED = "ours, tuned"
+WIDTH = 125  # of lines of the page
 DIFFUSERS = ["ancestral, β̃", "ancestral, β", "DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "DPM-Solver++ 2M, SDE"]
 DIFFUSERS += ["DEIS", "UniPC"]
 ORDER = [
@@ -80,7 +82,7 @@ def samplers(own: CustomDDPMScheduler) -> dict[str, tuple[Any, dict[str, Any]]]:
 def measure(args: argparse.Namespace) -> None:
     """Measure every sampler at every number of steps that the file of results lacks."""
     file = Path(args.results)
-    done = {(row["sampler"], row["steps"]) for row in read(file)}
+    done = {(row["sampler"], row["steps"], row["num_images"]) for row in read(file)}
     pipeline = CustomDDPMPipeline.from_pretrained(Path(args.model))
     pipeline.set_progress_bar_config(disable=True)
     own, features = pipeline.scheduler, load_features(args.features, torch.device("cpu"))
@@ -93,7 +95,7 @@ def measure(args: argparse.Namespace) -> None:
 
     for n in args.steps:
         for name, (scheduler, options) in samplers(own).items():
-            if (name, n) in done or (args.samplers and name not in args.samplers):
+            if (name, n, args.num_images) in done or (args.samplers and name not in args.samplers):
                 continue
             pipeline.scheduler = scheduler
             call = {"num_inference_steps": n, **options}
@@ -104,7 +106,6 @@ def measure(args: argparse.Namespace) -> None:
             found = collect(ArrayPictures(torch.cat(drawn), ""), [features], 64)[0].kept
             row = {"sampler": name, "steps": n, "seconds": seconds, "num_images": args.num_images}
             row |= {"distance": distance(found), "error": bootstrap_error(distance, found.double(), 20)}
-            row |= {"half": distance(found[: args.num_images // 2])}
             row |= {"how": own.tuned_for(n) if name == TUNED else None, "reference": f"{known.count:,}"}
             with file.open("a") as out:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -119,21 +120,27 @@ def read(file: Path) -> list[Row]:
 # ---- the page ----
 
 
-def targets(rows: dict[tuple[str, int], Row]) -> list[str]:
+def targets(every: list[Row], rows: dict[tuple[str, int], Row]) -> list[str]:
     """What the numbers say of each target, as lines of a list."""
-    ours = {n: row for (name, n), row in rows.items() if name == TUNED}
+    name_of_ours = TUNED if any(name == TUNED for name, _ in rows) else "ours, order 2, corrected"
+    ours = {n: row for (name, n), row in rows.items() if name == name_of_ours}
     theirs = {n: [row for (name, m), row in rows.items() if m == n and name in DIFFUSERS] for n in ours}
     best = {n: min(each, key=lambda row: row["distance"]) for n, each in theirs.items() if each}
     lines = []
-    full = min((row for (_, n), row in rows.items() if n == 1000), key=lambda row: row["distance"], default=None)
-    if full and 10 in ours:
-        mine = ours[10]["distance" if full["num_images"] == ours[10]["num_images"] else "half"]
-        ratio, spread = mine / full["distance"], 2 * full["error"] / full["distance"]
+    pairs = [
+        (row, other)
+        for row in every
+        for other in every
+        if (row["sampler"], row["steps"], other["steps"]) == (TUNED, 10, 1000)
+        and row["num_images"] == other["num_images"]
+    ]
+    for row, other in pairs[-1:]:
+        ratio, spread = row["distance"] / other["distance"], 2 * other["error"] / other["distance"]
         verdict = "held" if ratio <= 1.05 else "missed"
         lines.append(
-            f"- 10 evaluations within 5% of 1000 ancestral steps: **{verdict}**: {mine:.3g}"
-            f" against {full['distance']:.3g} ({full['sampler']}), {ratio:.2f} ± {spread:.2f} times it,"
-            f" with {full['num_images']} pictures each."
+            f"- 10 evaluations within 5% of 1000 ancestral steps: **{verdict}**: {row['distance']:.3g} against "
+            f"{other['distance']:.3g} ({other['sampler']}), {ratio:.2f} ± {spread:.2f} times it, with "
+            f"{row['num_images']} pictures each."
         )
     if 5 in ours and 8 in best:
         mine, other = ours[5]["distance"], best[8]["distance"]
@@ -149,11 +156,15 @@ def targets(rows: dict[tuple[str, int], Row]) -> list[str]:
         if gap > 0
     ]
     good = ", ".join(str(n) for n, gap in worse.items() if gap <= 0)
-    verdict = f"**missed** {'; '.join(bad)}" if bad else "**held** at every number"
-    lines.append(
-        f"- Never worse than the best of diffusers: {verdict}" + (f"; held at {good}." if bad and good else ".")
+    verdict = "; ".join(
+        [*([f"**missed** {'; '.join(bad)}"] if bad else []), *([f"**held** at {good}"] if good else [])]
     )
-    return lines
+    lines.append(f"- Never worse than the best of diffusers at the same number: {verdict}.")
+    if name_of_ours != TUNED:
+        lines.insert(0, f"This model was not tuned; the targets are those of “{name_of_ours}”.\n")
+    return [
+        line for text in lines for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ") + [""] * ("\n" in text)
+    ]
 
 
 def table(rows: dict[tuple[str, int], Row]) -> list[str]:
@@ -174,11 +185,10 @@ def table(rows: dict[tuple[str, int], Row]) -> list[str]:
             fewer = f"; {row['num_images']} pictures" if row["num_images"] < most else ""
             cells.append(f"{value} ({1000 * row['seconds']:.0f} ms{fewer})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    errors = [
-        max(row["error"] for (_, m), row in rows.items() if m == n and row["num_images"] == most) for n in steps[:4]
-    ]
     how = "; ".join(f"{n}: {row['how'].partition(', as')[0]}" for (name, n), row in sorted(rows.items()) if row["how"])
-    return [*lines, "", f"Standard errors: up to {max(errors):.2g}." + (f" Tuned: {how}." if how else "")]
+    errors = sorted(row["error"] for row in rows.values())
+    words = f"Standard errors, from resamples: {errors[len(errors) // 2]:.2g} in the middle."
+    return [*lines, "", *textwrap.wrap(words + (f" Tuned: {how}." if how else ""), WIDTH)]
 
 
 def figure(rows: dict[tuple[str, int], Row], file: Path) -> None:
@@ -205,7 +215,8 @@ def figure(rows: dict[tuple[str, int], Row], file: Path) -> None:
 def write_page(args: argparse.Namespace) -> None:
     """Write the table, the targets and the figure into the page."""
     name, page = Path(args.results).stem, Path(args.page)
-    rows = {(row["sampler"], row["steps"]): row for row in read(Path(args.results))}
+    every = sorted(read(Path(args.results)), key=lambda row: row["num_images"])
+    rows = {(row["sampler"], row["steps"]): row for row in every}  # of the most pictures
     picture = page.parent / "images" / f"few-steps-{name}.png"
     figure(rows, picture)
     text = page.read_text()
@@ -215,7 +226,7 @@ def write_page(args: argparse.Namespace) -> None:
     if not found:
         raise SystemExit(f"{page} lacks the comments {begin.strip()} and {end}")
     title = f"![Distance against network evaluations, {name}](images/{picture.name})"
-    lines = ["", *table(rows), "", *targets(rows), "", title, "", ""]
+    lines = ["", *table(rows), "", *targets(every, rows), "", title, "", ""]
     page.write_text(before + begin + "\n".join(lines) + end + after)
 
 

@@ -58,7 +58,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "every step": ("all", {}),
     "interval 0.2 ≤ t/T < 0.8": ("all", {"guidance_interval": (0.2, 0.8)}),
     "interval t/T < 0.5": ("all", {"guidance_interval": (0.0, 0.5)}),
-    "interval t/T ≥ 0.5": ("all", {"guidance_interval": (0.5, 1.01)}),
+    "interval t/T ≥ 0.5": ("all", {"guidance_interval": (0.5, 1.0)}),
     "every step, rescaled by 0.7": ("rescaled", {}),
     "every second step, none between": ("every second, none between", {}),
     "every second step, its difference kept": ("every second, kept between", {}),

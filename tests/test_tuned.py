@@ -217,6 +217,7 @@ def test_what_is_given_goes_before_what_was_tuned():
 def test_a_number_of_steps_far_from_all_tuned_ones_is_not_tuned():
     scheduler = CustomDDPMScheduler(tuned=["10 2 0 trailing"])
     assert scheduler.tuned_for(20) is not None and scheduler.tuned_for(21) is None
+    assert scheduler.tuned_for(1) is not None and scheduler.tuned_for(0) is None
 
 
 def test_the_corrector_from_zero_signal_is_finite_and_right():
