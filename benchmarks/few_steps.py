@@ -170,8 +170,9 @@ def targets(every: list[Row], rows: dict[tuple[str, int], Row]) -> list[str]:
 def table(rows: dict[tuple[str, int], Row]) -> list[str]:
     """The distances with CPU milliseconds per picture, one line for each sampler."""
     names, steps = list(dict.fromkeys(name for name, _ in rows)), sorted({n for _, n in rows})
-    least = {n: min(row["distance"] for (_, m), row in rows.items() if m == n) for n in steps}
     most = max(row["num_images"] for row in rows.values())
+    full = {key: row["distance"] for key, row in rows.items() if row["num_images"] == most}
+    least = {n: min((value for (_, m), value in full.items() if m == n), default=0.0) for n in steps}
     lines = ["| network evaluations | " + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps)]
     for name in sorted(names, key=ORDER.index):
         cells = []
@@ -192,7 +193,9 @@ def table(rows: dict[tuple[str, int], Row]) -> list[str]:
 
 
 def figure(rows: dict[tuple[str, int], Row], file: Path) -> None:
-    """Draw the distances against the number of steps."""
+    """Draw the distances against the number of steps, those of the most pictures."""
+    most = max(row["num_images"] for row in rows.values())
+    rows = {key: row for key, row in rows.items() if row["num_images"] == most}
     import matplotlib
 
     matplotlib.use("Agg")
