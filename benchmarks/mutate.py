@@ -1,9 +1,14 @@
-"""Mutation testing of the mathematics: `python benchmarks/mutate.py [schedules scheduler likelihood objective]`.
+"""Mutation testing of the mathematics: `python benchmarks/mutate.py [MODULE[:FUNCTION,…] …]`.
 
 Every number in a formula, every arithmetic expression and every mathematical call of these files is multiplied by
-1.0001, every + − × ÷ is replaced by its inverse and every minus sign is dropped, one change at a time. For each change
-the tests run until one fails; changes that no test detects are printed. Uses two processes; the files themselves are
-not modified.
+1.0001, every + − × ÷ is replaced by its inverse, every minus sign is dropped and every < by ≤, > by ≥ and the reverse,
+one change at a time; only in the functions that are named, if any are. For each change the tests run until one fails;
+it is printed whether one did. Uses as many processes as it may use cores; the files themselves are not
+modified. The steps of higher order, the timesteps and the tuning alone:
+
+    python benchmarks/mutate.py scheduler:_setting,_tuned_setting,_spaced,_use_timesteps,_step_table,\\
+    _multistep_weights,_terms,_corrected,step schedules:_optimal_timesteps \\
+    likelihood:estimate_original_sample_variances evaluation.tune
 """
 
 import ast
@@ -23,33 +28,39 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Imported once, before the forks, so that every child inherits the modules. The package itself must not be imported
 # here: each child imports its own mutated version.
-import diffusers  # noqa: F401
+import accelerate  # noqa: F401
+import datasets  # noqa: F401
 import hypothesis
 import mpmath  # noqa: F401
 import pytest
 import scipy.stats  # noqa: F401
 import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "schedules": ("test_schedules.py", "test_timesteps.py"),
     "scheduler": (
+        "test_multistep.py",
+        "test_tuned.py",
+        "test_timesteps.py",
         "test_scheduler.py",
         "test_scheduler_step.py",
-        "test_multistep.py",
-        "test_timesteps.py",
         "test_exact_world.py",
     ),
     "likelihood": ("test_likelihood.py",),
     "objective": ("test_objective.py",),
+    "evaluation.tune": ("evaluation/test_tune.py",),
 }
-SOURCES = {module: (ROOT / "custom_ddpm" / f"{module}.py").read_text() for module in TESTS}
+FILES = {module: ROOT / "custom_ddpm" / f"{module.replace('.', '/')}.py" for module in TESTS}
+SOURCES = {module: file.read_text() for module, file in FILES.items()}
 SLOW = "not compile and not million and not samples_"  # slow tests, whose coefficients the others cover
 MATHEMATICS = set(
     "arange cat clamp cos cumsum diff exp expm1 lerp linspace log log1p log_ndtr maximum mean quantile sigmoid sqrt "
     "square sum".split()
 )
 OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+NEIGHBOUR = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
 ARITHMETIC = (*OPPOSITE, ast.Pow, ast.FloorDiv, ast.Mod)
 
 
@@ -69,6 +80,8 @@ def changes(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
         yield ast.BinOp(node.left, OPPOSITE[type(node.op)](), node.right)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         yield node.operand
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in NEIGHBOUR:
+        yield ast.Compare(node.left, [NEIGHBOUR[type(node.ops[0])](), *node.ops[1:]], node.comparators)
 
 
 def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
@@ -98,7 +111,7 @@ class MutantLoader(SourceFileLoader):
     """Import loader and finder that replaces one module of the package by its mutant of the given number."""
 
     def __init__(self, module: str, number: int) -> None:
-        super().__init__(f"custom_ddpm.{module}", str(ROOT / "custom_ddpm" / f"{module}.py"))
+        super().__init__(f"custom_ddpm.{module}", str(FILES[module]))
         self.source, self.number = SOURCES[module], number
 
     def get_code(self, fullname: str) -> CodeType | None:
@@ -130,22 +143,34 @@ def failure(task: tuple[str, int]) -> str:
     return "" if passed else output.getvalue()
 
 
+def chosen(argument: str) -> dict[tuple[str, int], str]:
+    """The mutants of a module, or of some of its functions, by module and number; `argument` is MODULE[:FUNCTION,…]."""
+    module, _, names = argument.partition(":")
+    tree = ast.parse(SOURCES[module])
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names.split(",")]
+    if names and {node.name for node in functions} != {*names.split(",")}:
+        sys.exit(f"{module} has no functions {names}")
+    lines = {line for node in functions for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    numbered = enumerate(mutants(tree))
+    return {(module, i): text for i, text in numbered if not names or int(text.partition(":")[0]) in lines}
+
+
 def main() -> None:
-    """Run all mutants of the modules named on the command line and print those that survive."""
-    descriptions = {}
-    for module in sys.argv[1:] or TESTS:
-        tree = ast.parse(SOURCES[module])
-        descriptions.update({(module, i): text for i, text in enumerate(mutants(tree))})
+    """Run all mutants of what is named on the command line and print those that survive."""
+    descriptions: dict[tuple[str, int], str] = {}
+    for argument in sys.argv[1:] or TESTS:
+        descriptions |= chosen(argument)
     print(f"{len(descriptions)} mutants", flush=True)
     survivors = 0
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    with multiprocessing.get_context("fork").Pool(min(cores, 2), maxtasksperchild=1) as pool:
         unchanged = [(module, -1) for module in dict.fromkeys(module for module, _ in descriptions)]
         if failed := "".join(pool.map(failure, unchanged, chunksize=1)):
             sys.exit(f"{failed}\nthe tests fail on the unmodified files")
         for task, failed in zip(descriptions, pool.imap(failure, descriptions, chunksize=1), strict=True):
-            if not failed:
-                survivors += 1
-                print(f"survived  custom_ddpm/{task[0]}.py:{descriptions[task]}", flush=True)
+            survivors += not failed
+            file = FILES[task[0]].relative_to(ROOT)
+            print(f"{'killed  ' if failed else 'survived'}  {file}:{descriptions[task]}", flush=True)
     print(f"{len(descriptions) - survivors} killed, {survivors} survived")
 
 

@@ -62,6 +62,7 @@ def build_sampler(name: str | None, words: Sequence[str], trained: Any) -> Any:
     import yaml
 
     from .hub.settings import config_problem, stock_scheduler
+    from .sampling import untuned
     from .scheduler import CustomDDPMScheduler
 
     own = CustomDDPMScheduler.__name__
@@ -87,7 +88,9 @@ def build_sampler(name: str | None, words: Sequence[str], trained: Any) -> Any:
     if problem := config_problem("scheduler", options, cls):
         raise ValueError(f"--scheduler_options of {cls.__name__}: {problem}")
     try:
-        return cls.from_config(trained.config, **options)
+        # A scheduler of diffusers would warn of the settings that only ours has.
+        config = trained.config if cls.__name__ == own else untuned(trained.config)
+        return cls.from_config(config, **options)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--scheduler {cls.__name__} does not take these settings: {one_line(error)}") from error
 

@@ -45,12 +45,19 @@ def clipping(scheduler: Any) -> dict[str, Any]:
     return {"thresholding": True, "sample_max_value": 1.0} if clips else {}
 
 
+def untuned(config: Any) -> dict[str, Any]:
+    """A scheduler's configuration without what is only for `CustomDDPMScheduler`, of which diffusers would warn.
+
+    `solver_order` as well, which would otherwise be that of diffusers' multistep solvers.
+    """
+    own = ("tuned", "prediction_errors", "original_sample_variances", "corrector", "solver_order")
+    return {name: value for name, value in config.items() if name not in own}
+
+
 def fast_sampler(scheduler: Any) -> Any:
     """DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095) for the noise schedule of a scheduler."""
-    own = ("tuned", "prediction_errors", "corrector")  # of which diffusers would warn
-    config = {name: value for name, value in scheduler.config.items() if name not in own}
     options = {"timestep_spacing": "trailing", "solver_order": 2, **clipping(scheduler)}
-    return DPMSolverMultistepScheduler.from_config(config, **options)
+    return DPMSolverMultistepScheduler.from_config(untuned(scheduler.config), **options)
 
 
 def draw_batch(pipeline: Any, seeds: Sequence[int], labels: Sequence[Any] | None, **options: Any) -> torch.Tensor:

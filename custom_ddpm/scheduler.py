@@ -93,6 +93,8 @@ class Setting(NamedTuple):
 
 def _parse_tuned(tuned: Sequence[str], has_errors: bool) -> dict[int, Setting]:
     """The entries of `tuned` by their number of steps, checked."""
+    if isinstance(tuned, str) or not isinstance(tuned, Sequence):
+        raise ValueError(f"tuned is {tuned!r}; it must be a list of entries, such as ['10 2 0 trailing'], or None")
     settings = {}
     for entry in tuned:
         try:
@@ -188,6 +190,8 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             `likelihood.estimate_original_sample_variances`.
         solver_order: 1: a step takes x̂_0 as constant (R4, R7). 2 or 3: a polynomial through the last 2 or 3 x̂_0 of the
             run, in log-SNR (S3); for η = 0, η = 1 and between. The first steps, and the last ones, have a lower order.
+            From 2 on a scheduler steps one batch at a time: batches that are stepped in turn need a copy each
+            (`copy.deepcopy`), or x̂_0 of one would go into the other.
         prediction_errors: T numbers E|x_0 − x̂_0(x_t)|² per pixel, from `likelihood.estimate_original_sample_variances`:
             any number of steps is then where the steps leave out least (S4), instead of by `timestep_spacing`.
         tuned: what was best for a number of steps, as measured by `custom-ddpm tune`: "STEPS SOLVER_ORDER ETA SPACING",
@@ -263,7 +267,7 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._solver_order = self._given_order = solver_order  # not always in the configuration
         self._corrects = self._given_corrector = corrector
         self._eta = 1.0  # of `step` where none is given
-        self._tuned = _parse_tuned(tuned or (), prediction_errors is not None)
+        self._tuned = _parse_tuned(() if tuned is None else tuned, prediction_errors is not None)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
@@ -363,14 +367,21 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # What is best in few steps says nothing of many more.
         return None if num_inference_steps > 2 * nearest else self._tuned[nearest]
 
-    def tuned_for(self, num_inference_steps: int | None) -> str | None:
-        """In words, what `tuned` has for a number of steps; None where the configuration alone decides."""
+    def tuned_for(self, num_inference_steps: int | None, eta: float | None = None) -> str | None:
+        """In words, what `tuned` has for a number of steps; None where the configuration alone decides.
+
+        Args:
+            num_inference_steps: as of `set_timesteps`.
+            eta: the one that is given to `step`, which goes before the tuned one.
+        """
         setting = self._tuned_setting(num_inference_steps)
         if setting is None or num_inference_steps == self.config.num_train_timesteps:
             return None
-        order, corrects, eta, spacing = setting
+        order, corrects, tuned_eta, spacing = setting
         kind = f"{order}{', corrected' if corrects else ''}"
-        return f"steps of order {kind}, eta {eta:g}, {spacing} timesteps, as tuned for this model"
+        shown = f"eta {tuned_eta:g}, " if eta is None else ""
+        given = "" if eta is None else f"; eta {eta:g} as given"
+        return f"steps of order {kind}, {shown}{spacing} timesteps, as tuned for this model{given}"
 
     def _spaced(self, num_inference_steps: int, spacing: str) -> np.ndarray:
         """A number of timesteps by a spacing: "optimal", by `prediction_errors`, or one of `timestep_spacing`."""
@@ -447,8 +458,9 @@ class CustomDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @staticmethod
     def _rounded(columns: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """Columns (T,) in float64 as a table (columns, T, 1, ..., 1) for `_look_up`, rounded to what `like` needs."""
-        table = torch.stack(tuple(columns)).to(_working_dtype(like.dtype)).to(like.device)
-        return table.view(*table.shape, *[1] * (like.ndim - 1))
+        with torch.inference_mode(False):  # or a backward pass could not use a table that was made in that mode
+            table = torch.stack(tuple(columns)).to(_working_dtype(like.dtype)).to(like.device)
+            return table.view(*table.shape, *[1] * (like.ndim - 1))
 
     @staticmethod
     def _look_up(table: torch.Tensor, timesteps: int | torch.Tensor) -> tuple[torch.Tensor, ...]:

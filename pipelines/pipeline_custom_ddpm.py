@@ -64,7 +64,7 @@ class Trajectory:
     """The reverse process at K of its steps, from noise to the result, which is the last of them.
 
     Args:
-        timesteps: float32 (K,): t before each step; −1 of the result.
+        timesteps: float32 (K,): t before each step; of the result −1, or where a callback interrupted the call its t.
         samples: float32 (K, B, C, H, W): x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε for every scheduler, also for those that step
             with samples of another size.
         pred_original_samples: float32 (K, B, C, H, W): x̂_0 of the model at x_t (R5), before the scheduler clips it; of
@@ -182,7 +182,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         class_labels, batch_size = _count_images(class_labels, latents, batch_size)
         _check_generator(generator, batch_size)
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
-        call = self._begin(guidance_scale, num_inference_steps, guidance_interval)
+        call = self._begin(guidance_scale, num_inference_steps, guidance_interval, eta)
         call._check_timesteps(latents is None)
         call._record(return_trajectory)
         latents = call._prepare_latents(latents, batch_size, generator)
@@ -204,6 +204,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         guidance_scale: float,
         num_inference_steps: int | None,
         guidance_interval: tuple[float, float] | None = None,
+        eta: float | None = None,
     ) -> Any:
         """A shallow copy of the pipeline with the state of one call, so that calls cannot disturb each other."""
         _check_interval(guidance_interval, guidance_scale)
@@ -214,7 +215,7 @@ class CustomDDPMPipeline(DiffusionPipeline):
         n = num_inference_steps or call.scheduler.config.num_train_timesteps
         call.scheduler.set_timesteps(n, device=self._execution_device)
         call._start, call._num_timesteps = 0, len(call.scheduler.timesteps)
-        tuned = getattr(call.scheduler, "tuned_for", lambda n: None)(n)
+        tuned = getattr(call.scheduler, "tuned_for", lambda n, eta: None)(n, eta)
         if tuned is not None and (n, tuned) not in _SAID:
             _SAID.add((n, tuned))
             logger.warning(f"{n} {tuned}")
@@ -241,15 +242,18 @@ class CustomDDPMPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The loop of Algorithm 2, from x_T to x_0; `step_options` are arguments of the scheduler's `step`."""
         class_labels = None if labels is None else torch.tensor(labels, device=latents.device)
+        end = torch.tensor(-1.0, device=latents.device)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps[self._start :])):
             if self.interrupt:
+                end = t
                 break
             latents = self._step(i, t, latents, class_labels, step_options)
             if callback_on_step_end is not None:
                 inputs = {"latents": latents} if tensor_inputs else {}
                 latents = (callback_on_step_end(self, i, t, inputs) or {}).get("latents", latents)
-        if self._recorded_steps and not self.interrupt:
-            self._recorded.append((torch.tensor(-1.0, device=latents.device), latents, latents))
+        if self._recorded_steps:
+            x_t = latents if end < 0 else self.scheduler.scale_model_input(latents, end)
+            self._recorded.append((end.float().to(latents.device), x_t.float(), x_t.float()))
         return latents
 
     def _step(

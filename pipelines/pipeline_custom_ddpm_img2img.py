@@ -68,7 +68,7 @@ class CustomDDPMImg2ImgPipeline(CustomDDPMPipeline):
             raise ValueError(f"there are {len(pictures)} pictures for {count} class_labels; give one, or one per label")
         _check_generator(generator, count)
         labels = self._check_labels(class_labels, count, guidance_scale)
-        call = self._begin(guidance_scale, num_inference_steps, guidance_interval)
+        call = self._begin(guidance_scale, num_inference_steps, guidance_interval, eta)
         call._begin_at(strength)
         call._record(return_trajectory)
         pictures = pictures.to(self._execution_device).expand(count, -1, -1, -1)

@@ -93,7 +93,7 @@ class CustomDDPMInpaintPipeline(CustomDDPMPipeline):
         count = _common_count(count, given, mask)
         _check_generator(generator, count)
         labels = self._check_labels(class_labels, count, guidance_scale)
-        call = self._begin(guidance_scale, num_inference_steps, guidance_interval)
+        call = self._begin(guidance_scale, num_inference_steps, guidance_interval, eta)
         call._check_timesteps(drawn=True)
         call._record(return_trajectory)
         call._given, call._scale = given.to(self._execution_device).expand(count, -1, -1, -1), scale_factor

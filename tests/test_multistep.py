@@ -1,5 +1,6 @@
 """Steps of second and third order (S3): their weights by quadrature, their order in the exact world, their history."""
 
+import copy
 from functools import lru_cache
 from itertools import pairwise
 
@@ -250,6 +251,19 @@ def test_another_number_of_samples_has_no_history():
     assert torch.equal(one, first_order(800, x_0[:1], x[:1]))
 
 
+def test_batches_in_turn_with_a_copy_each_are_those_one_after_the_other():
+    """As the argument `solver_order` says; with one scheduler they would mix."""
+    scheduler, predictions, xs = make(2), random(2 * len(LADDER)), random(2, seed=1)
+    batches = [predictions[: len(LADDER)], predictions[len(LADDER) :]]
+    alone = [run(make(2), batch, x, eta=0.0)[-2] for batch, x in zip(batches, xs, strict=True)]
+    for schedulers, are_equal in (([scheduler, copy.deepcopy(scheduler)], True), ([make(2)] * 2, False)):
+        turns = list(xs)
+        for i, t in enumerate(LADDER[:-1]):
+            for j, each in enumerate(schedulers):
+                turns[j] = each.step(batches[j][i], t, turns[j], eta=0.0).prev_sample
+        assert [torch.equal(a, b) for a, b in zip(turns, alone, strict=True)] == [are_equal] * 2
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_last_step_returns_the_prediction_clipped(order, eta):
@@ -312,6 +326,19 @@ def test_a_run_compiles_as_full_graphs(order):
     for i, t in enumerate(scheduler.timesteps):
         compiled = step(predictions[i], t, x, eta=0.0, return_dict=False)
         torch.testing.assert_close(compiled, plain.step(predictions[i], t, x, eta=0.0, return_dict=False))
+
+
+def test_tables_made_in_inference_mode_serve_a_backward_pass():
+    x = random(1)[0]
+    with torch.inference_mode():
+        scheduler = make(2, [999, 500, 20], prediction_type="v_prediction")
+        scheduler.step(x, 999, x, eta=0.0)
+        scheduler.add_noise(x, x, 20)
+    sample = x.clone().requires_grad_()
+    result = scheduler.step(0.1 * sample, 999, sample, eta=0.0).prev_sample
+    result = scheduler.step(0.1 * result, 500, result, eta=0.0).prev_sample
+    scheduler.add_noise(result, x, 20).sum().backward()
+    assert sample.grad.isfinite().all() and (sample.grad != 0).all()
 
 
 def test_float32_is_the_float64_run_rounded():

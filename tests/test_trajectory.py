@@ -98,9 +98,27 @@ def test_a_model_with_a_learned_variance_and_an_interrupted_call():
         return {}
 
     options = {"num_inference_steps": 10, "return_trajectory": True, "callback_on_step_end": stop}
-    trajectory = draw(pipeline, **options).trajectory
-    assert trajectory.timesteps.tolist() == [999, 899, 799]
-    np.testing.assert_allclose(trajectory.pred_original_samples.numpy(), X_0, atol=0.03)
+    output = draw(pipeline, **options)
+    trajectory = output.trajectory
+    assert trajectory.timesteps.tolist() == [999, 899, 799, 699]
+    np.testing.assert_allclose(trajectory.pred_original_samples[:-1].numpy(), X_0, atol=0.03)
+    assert torch.equal(trajectory.samples[-1], output.images)  # the result, which is x_t at t = 699
+    whole = draw(pipeline, num_inference_steps=10, return_trajectory=True).trajectory
+    assert torch.equal(trajectory.samples, whole.samples[:4])
+
+
+def test_an_interrupted_call_ends_with_x_t_for_every_scheduler():
+    pipeline = build("EulerDiscreteScheduler", "epsilon", world=(X_0, 0.0))
+
+    def stop(pipeline, step, timestep, inputs):
+        pipeline._interrupt = step == 2
+        return {}
+
+    options = {"num_inference_steps": 10, "return_trajectory": True}
+    whole = draw(pipeline, **options).trajectory
+    stopped = draw(pipeline, **options, callback_on_step_end=stop).trajectory
+    assert torch.equal(stopped.timesteps, whole.timesteps[:4])
+    assert torch.equal(stopped.samples, whole.samples[:4])
 
 
 # ---- pictures of them ----

@@ -9,6 +9,7 @@ from conftest import make_pipeline
 from custom_ddpm.pipelines import pipeline_custom_ddpm
 from test_timesteps import exact_errors
 
+from custom_ddpm.sample_command import build_sampler
 from custom_ddpm.scheduler import CustomDDPMScheduler
 
 ERRORS = exact_errors("linear", [0.2]).tolist()
@@ -91,6 +92,12 @@ def test_entries_that_are_none_are_refused(entry):
         make(tuned=[entry])
 
 
+@pytest.mark.parametrize("tuned", [10, "10 2 0 trailing", {10: "2 0 trailing"}])
+def test_what_is_no_list_of_entries_is_refused(tuned):
+    with pytest.raises(ValueError, match=r"tuned is .*; it must be a list of entries, such as \['10 2 0 trailing'\]"):
+        make(tuned=tuned)
+
+
 def test_optimal_timesteps_need_their_table():
     with pytest.raises(ValueError, match="tuned has '5 3 0 optimal'"):
         make(prediction_errors=None)
@@ -118,6 +125,65 @@ def test_a_tuned_model_loads_with_and_without_this_class(tmp_path):
         assert stock.from_pretrained(tmp_path, subfolder="scheduler").config.num_train_timesteps == steps
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a scheduler as `custom-ddpm tune` saves it."""
+    tuned = make(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", solver_order=2, corrector=True)
+    tuned.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def warnings_of(monkeypatch, load):
+    """What diffusers warns of."""
+    messages = []
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", messages.append)
+    return load(), " ".join(messages)
+
+
+def test_what_carries_over_to_schedulers_of_diffusers(saved, monkeypatch):
+    """The sentences of docs/sampling.md."""
+    dpm, told = warnings_of(monkeypatch, lambda: diffusers.DPMSolverMultistepScheduler.from_pretrained(saved))
+    assert "tuned" in told and "prediction_errors" in told and "corrector" in told
+    assert dpm.config.solver_order == 2 and dpm.config.prediction_type == "v_prediction"
+    ours = CustomDDPMScheduler.from_pretrained(saved)
+    torch.testing.assert_close(dpm.alphas_cumprod, ours.alphas_cumprod)
+    ours.set_timesteps(5)
+    chosen = ours.timesteps.tolist()
+    takes = "DDPM DPMSolverMultistep DPMSolverSinglestep HeunDiscrete EulerDiscrete LCM"
+    for name in takes.split():
+        other = getattr(diffusers, f"{name}Scheduler").from_pretrained(saved)
+        other.set_timesteps(timesteps=chosen)
+        assert list(dict.fromkeys(other.timesteps.int().tolist())) == chosen, name
+    for name in ("DDIM", "DEISMultistep", "UniPCMultistep"):
+        with pytest.raises(TypeError, match="timesteps"):
+            getattr(diffusers, f"{name}Scheduler").from_pretrained(saved).set_timesteps(timesteps=chosen)
+
+
+def test_ancestral_steps_of_diffusers_at_the_tuned_timesteps_are_ours(saved):
+    theirs = diffusers.DDPMScheduler.from_pretrained(saved, clip_sample=False)
+    ours = make(tuned=None, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    ours.set_timesteps(10)
+    theirs.set_timesteps(timesteps=ours.timesteps.tolist())
+    x, output = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in ours.timesteps[:-1]:  # they add noise in the last step
+        a, b = (s.step(output, t, x, generator=torch.Generator().manual_seed(1)).prev_sample for s in (ours, theirs))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scheduler_option_of_sample_takes_nothing_tuned_and_does_not_warn(saved, monkeypatch):
+    trained = CustomDDPMScheduler.from_pretrained(saved)
+    plain = make(tuned=None, prediction_errors=None, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"):
+        sampler, told = warnings_of(monkeypatch, lambda name=name: build_sampler(name, [], trained))
+        assert told == ""
+        expected = getattr(diffusers, name).from_config(plain.config)
+        for each in (sampler, expected):
+            each.set_timesteps(10)
+        assert torch.equal(sampler.timesteps, expected.timesteps)
+        assert sampler.config.get("solver_order") == expected.config.get("solver_order")
+    assert build_sampler("CustomDDPMScheduler", [], trained).config.tuned == TUNED
+
+
 def test_the_pipeline_says_once_how_it_steps(monkeypatch):
     messages = []
     monkeypatch.setattr(pipeline_custom_ddpm.logger, "warning", messages.append)
@@ -131,6 +197,8 @@ def test_the_pipeline_says_once_how_it_steps(monkeypatch):
     for n in (5, 5, 4, steps):
         pipeline(num_inference_steps=n)
     assert messages == [f"{n} steps of order 2, eta 0, trailing timesteps, as tuned for this model" for n in (5, 4)]
+    pipeline(num_inference_steps=5, eta=1.0)
+    assert messages[2:] == ["5 steps of order 2, trailing timesteps, as tuned for this model; eta 1 as given"]
 
 
 def test_what_is_given_goes_before_what_was_tuned():
@@ -149,6 +217,7 @@ def test_what_is_given_goes_before_what_was_tuned():
 def test_a_number_of_steps_far_from_all_tuned_ones_is_not_tuned():
     scheduler = CustomDDPMScheduler(tuned=["10 2 0 trailing"])
     assert scheduler.tuned_for(20) is not None and scheduler.tuned_for(21) is None
+    assert scheduler.tuned_for(1) is not None and scheduler.tuned_for(0) is None
 
 
 def test_the_corrector_from_zero_signal_is_finite_and_right():

@@ -23,7 +23,7 @@ from ..flags import parse_config
 from ..hub.card import public_name
 from ..messages import one_line
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
-from ..sampling import clipping, process_state
+from ..sampling import clipping, process_state, untuned
 from ..training.parts import open_data
 from .bits_per_dim import as_json as bits_as_json
 from .bits_per_dim import pipeline_bits_per_dim
@@ -48,6 +48,7 @@ SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
+TUNED = "as tuned"  # the sampler of a model that `custom-ddpm tune` has measured
 
 
 @dataclass(frozen=True)
@@ -298,8 +299,13 @@ class Report:
         key = (given.num_images, self.sampling_options, self._feature_keys[0])
         return self._part("memorization", key, measure, DISTANCES_FILE, NEIGHBOURS_FILE)
 
+    @property
+    def samplers(self) -> list[str]:
+        """Names of those that are compared: `SAMPLERS`, and `TUNED` for a model that was tuned."""
+        return [*SAMPLERS, *([TUNED] if self.pipeline.scheduler.config.get("tuned") else [])]
+
     def by_steps(self) -> dict[str, Any]:
-        """The Fréchet distance at several numbers of network evaluations, for each of `SAMPLERS`.
+        """The Fréchet distance at several numbers of network evaluations, for each of `samplers`.
 
         Points that cannot be had (too few pictures for the features, a sampler that fails) have no value.
         """
@@ -315,7 +321,7 @@ class Report:
             saved = read_json(points_file) or {}
             points = saved.get("points", []) if saved.get("key") == points_key else []
             done = {(point["sampler"], point["steps"]) for point in points}
-            left = [(name, n) for name in SAMPLERS for n in steps if (name, n) not in done]
+            left = [(name, n) for name in self.samplers for n in steps if (name, n) not in done]
             for name, n in tqdm(left, desc="Samplers", unit="point", leave=False):
                 value, error, note = self._point(name, n, count, reference)
                 points.append({"sampler": name, "steps": n, "value": value, "error": error, "note": note})
@@ -327,16 +333,18 @@ class Report:
     def _point(self, name: str, n: int, count: int, reference: Any) -> tuple[float | None, float | None, str]:
         import diffusers
 
-        scheduler, options = SAMPLERS[name]
+        scheduler, options = SAMPLERS.get(name, (None, {}))
         pipeline, features, given = self.pipeline, self.extractors[0], self.settings
         options = {**options, "num_inference_steps": n}
         if given.guidance_scale != 1.0:
             options["guidance_scale"] = given.guidance_scale
         try:
-            if scheduler is not None:
-                own = getattr(diffusers, scheduler).from_config(
-                    pipeline.scheduler.config, **clipping(pipeline.scheduler)
-                )
+            if name != TUNED:
+                own = trained = pipeline.scheduler
+                if scheduler is not None:
+                    own = getattr(diffusers, scheduler).from_config(untuned(trained.config), **clipping(trained))
+                elif trained.config.get("tuned"):  # which is a sampler of its own here
+                    own = trained.from_config(trained.config, tuned=None, prediction_errors=None)
                 pipeline = CustomDDPMPipeline(pipeline.unet, own, id2label=pipeline.config.id2label)
                 pipeline.set_progress_bar_config(disable=True)
             pictures = ModelPictures(pipeline, f"{name}, {n} steps", count, given.seed, options)

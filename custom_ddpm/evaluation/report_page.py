@@ -24,7 +24,7 @@ from ..sampling import clipping
 from ..training.ending import add_bounds
 from .diagnosis import diagnose
 from .records import BOUNDS_FILE, CONFIG_FILE, read_metrics
-from .report import DISTANCES_FILE, NEIGHBOURS_FILE, SAMPLERS, Report
+from .report import DISTANCES_FILE, NEIGHBOURS_FILE, Report
 from .report_figures import draw_bits_by_timestep, draw_by_steps
 from .report_words import FINDINGS, KINDS, METRICS, NOTES, REASONS, translated
 
@@ -279,7 +279,7 @@ def _by_steps(part: Mapping[str, Any], report: Report) -> dict[str, Any]:
     points = {(point["sampler"], point["steps"]): point for point in part["points"]}
     steps = sorted({n for _, n in points})
     rows = []
-    for name in SAMPLERS:
+    for name in dict.fromkeys(name for name, _ in points):
         cells = [_with_error(points[name, n]["value"], points[name, n]["error"]) for n in steps]
         rows.append({"name": name, "cells": cells})
     notes = {f"{point['sampler']}: {shown(point['note'], 300)}": None for point in part["points"] if point["note"]}

@@ -6,8 +6,10 @@ not for --help.
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +24,7 @@ ORDERS = ("1", "2", "2c", "3")  # "2c": with the corrector
 FINALISTS = 4  # that are still measured where steps are many, and pictures slow
 MANY = 12  # steps
 FILE = "tuned.json"
+VERSION = 1  # to be increased with every change of what is measured
 Command = Callable[[str, Callable[[Any], None]], argparse.ArgumentParser]
 
 
@@ -100,8 +103,18 @@ def _distance(pipeline: "CustomDDPMPipeline", reference: "Reference", entry: str
     return float(frechet_distance(found.moments, reference.known.moments))
 
 
+def num_candidates(steps: Sequence[int]) -> dict[int, int]:
+    """How many candidates are measured at each number of steps, ascending."""
+    every = len(ORDERS) * len(ETAS) * len(SPACINGS)
+    return {n: FINALISTS if n != steps[0] and n >= MANY else every for n in steps}
+
+
 def measure(
-    pipeline: "CustomDDPMPipeline", reference: "Reference", steps: Sequence[int], guidance_scale: float
+    pipeline: "CustomDDPMPipeline",
+    reference: "Reference",
+    steps: Sequence[int],
+    guidance_scale: float,
+    known: Mapping[str, float],
 ) -> Iterator[Measured]:
     """Measure the candidates for every number of steps; must be iterated to its end by all processes.
 
@@ -112,16 +125,20 @@ def measure(
         reference: what is drawn, and what it is compared with.
         steps: numbers of steps, ascending.
         guidance_scale: of a class-conditional model.
+        known: distances that were measured before, by entry.
     """
     candidates = [f"{order} {eta:g} {spacing}" for order, eta, spacing in itertools.product(ORDERS, ETAS, SPACINGS)]
-    for n in steps:
+    results: list[Measured] = []
+    for n, count in num_candidates(steps).items():
+        if count < len(candidates):
+            candidates = [each.how for each in sorted(results, key=lambda each: each.distance)][:count]
         results = []
         for candidate in candidates:
             entry = f"{n} {candidate}"
-            results.append(Measured(entry, _distance(pipeline, reference, entry, guidance_scale)))
+            value = known.get(entry)
+            value = _distance(pipeline, reference, entry, guidance_scale) if value is None else value
+            results.append(Measured(entry, value))
             yield results[-1]
-        if min((later for later in steps if later > n), default=0) >= MANY:
-            candidates = [each.how for each in sorted(results, key=lambda each: each.distance)][:FINALISTS]
 
 
 def best_of(results: Sequence[Measured]) -> list[Measured]:
@@ -130,15 +147,14 @@ def best_of(results: Sequence[Measured]) -> list[Measured]:
     return [min((each for each in results if each.steps == n), key=lambda each: each.distance) for n in every]
 
 
-def tune(args: argparse.Namespace) -> None:
-    """Measure how a model draws best in 5 to 50 steps, and save that in its scheduler's configuration."""
+def _open(args: argparse.Namespace) -> tuple["CustomDDPMPipeline", "Reference", Any, list[int]]:
+    """The model, what its pictures are compared with, its training data and the numbers of steps."""
     from ..flags import parse_config
     from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
     from ..sampling import process_state
     from ..scheduler import CustomDDPMScheduler
     from ..training.parts import open_data
     from ..training.scores import open_reference
-    from .evaluate import frechet_name, write_json
     from .records import CONFIG_FILE
 
     state, folder = process_state(), Path(args.folder)
@@ -159,28 +175,77 @@ def tune(args: argparse.Namespace) -> None:
     if not steps or steps[0] < 1:
         raise ValueError(f"--steps is {args.steps}; it must have numbers from 1 to {len(pipeline.scheduler) - 1}")
     data, validation_data = open_data(config, state)
-    reference = open_reference(config, state, data, validation_data)
-    errors = measure_errors(pipeline, data, args.num_error_images, args.batch_size, args.seed)
-    pipeline.scheduler = CustomDDPMScheduler.from_config(
-        pipeline.scheduler.config, prediction_errors=errors, tuned=None
-    )
-    main, results = state.is_main_process, []
+    return pipeline, open_reference(config, state, data, validation_data), data, steps
+
+
+def _key(pipeline: "CustomDDPMPipeline", reference: "Reference", data: Any, args: argparse.Namespace) -> str:
+    """Equal where the distances are: for equal weights, noise schedules, reference pictures and settings."""
+    from ..data.base import fingerprint
+
+    weights = [
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(args.folder, "unet").glob("*.safetensors")
+    ]
+    schedule = {
+        key: value for key, value in pipeline.scheduler.config.items() if key not in ("tuned", "prediction_errors")
+    }
+    known = [reference.features.identity or reference.features.name, reference.known.moments.mean.tolist()]
+    settings = [args.num_images, args.num_error_images, args.guidance_scale, args.seed, data.fingerprint]
+    return fingerprint(VERSION, sorted(weights), sorted(map(str, schedule.items())), known, settings)
+
+
+def _time_left(seconds: float) -> str:
+    """In words, rounded."""
+    return f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {seconds:.0f} seconds"
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Measure how a model draws best in 5 to 50 steps, and save that in its scheduler's configuration."""
+    from accelerate.utils import broadcast_object_list
+
+    from ..sampling import process_state
+    from ..scheduler import CustomDDPMScheduler
+    from .evaluate import frechet_name
+    from .records import read_json, write_json
+
+    pipeline, reference, data, steps = _open(args)
+    folder, main = Path(args.folder), process_state().is_main_process
+    key = _key(pipeline, reference, data, args)
+    stored = (read_json(folder / FILE) or {}) if main else {}
+    if stored.get("key") != key:
+        stored = {}
+    against = f"{reference.known.moments.count:,} {reference.description}"
     if main:
-        against = f"{reference.known.moments.count:,} {reference.description}"
         print(f"{frechet_name(reference.features)}, {args.num_images:,} pictures against {against}")
-    for each in measure(pipeline, reference, steps, args.guidance_scale):
+        if not stored:
+            print(f"first the error of the model on {args.num_error_images:,} training pictures", flush=True)
+    stored = broadcast_object_list([stored])[0]
+    errors = stored.get("prediction_errors") or measure_errors(
+        pipeline, data, args.num_error_images, args.batch_size, args.seed
+    )
+    plain = CustomDDPMScheduler.from_config(pipeline.scheduler.config, prediction_errors=errors, tuned=None)
+    pipeline.scheduler = plain
+    about = {"key": key, "num_images": args.num_images, "guidance_scale": args.guidance_scale, "reference": against}
+    about |= {"features": reference.features.name, "prediction_errors": errors}
+    known: dict[str, float] = stored.get("distances", {})
+    counts, results, spent, worked = num_candidates(steps), [], 0.0, 0
+    left, start = sum(n * count for n, count in counts.items()), time.monotonic()
+    for each in measure(pipeline, reference, steps, args.guidance_scale, dict(known)):
         results.append(each)
+        left -= each.steps
+        if each.entry not in known:
+            spent, worked = time.monotonic() - start, worked + each.steps
+            known[each.entry] = each.distance
         if main:
-            print(f"{each.entry:>20}  {each.distance:.4g}", flush=True)
-    best = best_of(results)
+            when = f", {_time_left(spent / worked * left)} left" if worked and left else ""
+            print(
+                f"{each.entry:>20}  {each.distance:<8.4g}  {len(results)} of {sum(counts.values())}{when}", flush=True
+            )
+            write_json(folder / FILE, {**about, "distances": known})
     if main:
+        best = best_of(results)
         tuned = [each.entry for each in best]
-        CustomDDPMScheduler.from_config(pipeline.scheduler.config, tuned=tuned).save_pretrained(folder / "scheduler")
-        about = {"num_images": args.num_images, "guidance_scale": args.guidance_scale, "reference": against}
-        distances = {each.entry: each.distance for each in results}
-        write_json(
-            {**about, "features": reference.features.name, "distances": distances, "tuned": tuned}, folder / FILE
-        )
+        CustomDDPMScheduler.from_config(plain.config, tuned=tuned).save_pretrained(folder / "scheduler")
+        write_json(folder / FILE, {**about, "distances": known, "tuned": tuned})
         print(*(f"best: {each.entry:>20}  {each.distance:.4g}" for each in best), sep="\n")
         print(f"saved in {folder / 'scheduler'}; all in {folder / FILE}")
 

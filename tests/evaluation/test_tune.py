@@ -9,6 +9,9 @@ from runs import run
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.cli import main
 from custom_ddpm.evaluation import tune
+from custom_ddpm.evaluation.collect import collect, collect_cached
+from custom_ddpm.evaluation.distances import frechet_distance
+from custom_ddpm.evaluation.pictures import ModelPictures
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
 WORDS = ["--features", "runs:small_features", "--num_images", "60", "--num_error_images", "16"]
@@ -31,6 +34,8 @@ def test_the_best_of_all_candidates_is_saved_and_taken(model, monkeypatch, capsy
     monkeypatch.setattr(tune, "_distance", told)
     main(["tune", str(model), "--steps", "14", "3", "100", *WORDS])
     output = capsys.readouterr().out
+    assert "first the error of the model on 16 training pictures" in output
+    assert "15 of 20, about " in output and "20 of 20\n" in output
     first = [entry for entry in measured if entry.startswith("3 ")]
     assert len(first) == len(set(first)) == 16
     assert next(entry for entry in measured if entry.startswith("14 ")) == "14 2 0 optimal"
@@ -69,6 +74,66 @@ def test_the_distance_is_that_of_the_setting(model, capsys):
     expected = frechet_distance(Moments.of(small_features(images)), Moments.of(small_features(everything)))
     assert stored["distances"]["4 2 0 trailing"] == pytest.approx(float(expected), rel=1e-5)
     assert stored["tuned"] == [min(stored["distances"], key=stored["distances"].get)]
+
+
+def test_an_interrupted_command_goes_on(model, monkeypatch, capsys):
+    distance, calls, errors = tune._distance, [], tune.measure_errors
+
+    def dies_at_third(pipeline, reference, entry, guidance_scale):
+        calls.append(entry)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return distance(pipeline, reference, entry, guidance_scale)
+
+    monkeypatch.setattr(tune, "_distance", dies_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        main(["tune", str(model), "--steps", "3", *WORDS])
+    assert CustomDDPMPipeline.from_pretrained(model).scheduler.config.get("tuned") is None
+    before = json.loads((model / "tuned.json").read_text())["distances"]
+    assert list(before) == calls[:2]
+    monkeypatch.setattr(tune, "measure_errors", None)  # known from before
+    main(["tune", str(model), "--steps", "3", *WORDS])
+    assert len(calls) == 17 and len(set(calls)) == 16
+    stored = json.loads((model / "tuned.json").read_text())
+    assert {entry: stored["distances"][entry] for entry in before} == before
+    monkeypatch.setattr(tune, "measure_errors", errors)
+    assert stored["tuned"] == CustomDDPMPipeline.from_pretrained(model).scheduler.config.tuned
+
+    # Other settings, other weights: all anew. Once more: nothing.
+    for words, measured in ((["--seed", "1"], 16), (["--seed", "1"], 0)):
+        calls[:] = ["-"] * 3
+        main(["tune", str(model), "--steps", "3", *WORDS, *words])
+        assert len(calls) - 3 == measured
+    pipeline = CustomDDPMPipeline.from_pretrained(model)
+    next(pipeline.unet.parameters()).data += 0.01
+    pipeline.unet.save_pretrained(model / "unet")
+    calls[:] = ["-"] * 3
+    main(["tune", str(model), "--steps", "3", *WORDS, "--seed", "1"])
+    assert len(calls) - 3 == 16
+
+
+def test_the_report_compares_what_was_tuned_with_the_plain_samplers(model):
+    from custom_ddpm.evaluation.report import SAMPLERS, TUNED, Report, ReportSettings
+
+    settings = ReportSettings(features=["runs:small_features"], num_images=60)
+    plain = Report(model, settings)
+    assert plain.samplers == list(SAMPLERS)
+    reference = plain.extractors[0], collect_cached(plain.training, plain.extractors[0], 64)
+    expected = [plain._point(name, 5, 60, reference[1])[:2] for name in SAMPLERS]
+    pipeline = CustomDDPMPipeline.from_pretrained(model)
+    errors = [0.1] * len(pipeline.scheduler)
+    tuned = pipeline.scheduler.from_config(
+        pipeline.scheduler.config, prediction_errors=errors, tuned=["5 2 0.5 optimal"]
+    )
+    tuned.save_pretrained(model / "scheduler")
+    report = Report(model, settings)
+    assert report.samplers == [*SAMPLERS, TUNED]
+    assert [report._point(name, 5, 60, reference[1])[:2] for name in SAMPLERS] == expected
+    pipeline.scheduler = tuned
+    pictures = ModelPictures(pipeline, "", 60, settings.seed, {"num_inference_steps": 5})
+    found = collect(pictures, [report.extractors[0]], 64)[0].moments
+    value, _, note = report._point(TUNED, 5, 60, reference[1])
+    assert value == pytest.approx(frechet_distance(found, reference[1].moments)) and note == ""
 
 
 def test_what_cannot_be_tuned(model):
