@@ -99,8 +99,11 @@ def _patch_size(facts: Facts, config: TrainingConfig) -> int:
 
 
 def _block_out_channels(facts: Facts, config: TrainingConfig) -> list[int]:
+    """A thin level at full resolution on a CPU; patches, which are many values, need a wider one."""
     if facts.device != "cpu":
         return [128, 256, 256]
+    if config.patch_size > 1:
+        return [32, 32, 64]
     return [16, 32, 64] if max(facts.height, facts.width) > 16 else [32, 64]
 
 
