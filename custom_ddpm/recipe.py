@@ -103,7 +103,7 @@ def _block_out_channels(facts: Facts, config: TrainingConfig) -> list[int]:
     if facts.device != "cpu":
         return [128, 256, 256]
     if config.patch_size > 1:
-        return [32, 32, 64]
+        return [48, 48, 64]
     return [16, 32, 64] if max(facts.height, facts.width) > 16 else [32, 64]
 
 

@@ -34,8 +34,9 @@ pinned: false
 ---
 
 Draw and edit pictures with [{model}](https://huggingface.co/{model}), a denoising diffusion model. The page is in
-English and, at `/zh`, in Chinese. Made by `custom-ddpm push --space`, custom-ddpm {own}.
+English and, at `/zh`, in Chinese. {made}, custom-ddpm {own}.
 {private}"""
+MADE = "Made by `custom-ddpm push --space`"  # how a Space is recognised when it is pushed again
 PRIVATE = "\nThe model is private: the Space needs a secret `HF_TOKEN` with a token that can read it.\n"
 
 
@@ -44,21 +45,28 @@ def push_space(model_id: str, *, private: bool | None = None, token: str | None 
 
     Args:
         model_id: "user/model", which exists; the Space has the same name.
-        private: whether a Space that is created is private; None uses the Hub's default.
+        private: whether a Space that is created is private; None: as the model is.
         token: access token; None uses the one logged in with.
 
     Returns:
         The URL of the Space.
 
     Raises:
-        HubError: the Hub or the connection to it failed.
+        HubError: the Hub or the connection to it failed, or the Space is there and was not made by this function.
     """
     api = HfApi(token=_resolve_token(token) or False, library_name="custom-ddpm", library_version=__version__)
     try:
         with tempfile.TemporaryDirectory(prefix="space-") as folder:
             model = api.model_info(model_id)
             write_space(Path(folder), model.id, bool(model.private))
-            address = api.create_repo(model.id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+            _check_is_ours(api, model.id)
+            address = api.create_repo(
+                model.id,
+                repo_type="space",
+                space_sdk="gradio",
+                private=model.private if private is None else private,
+                exist_ok=True,
+            )
             api.upload_folder(
                 repo_id=model.id,
                 repo_type="space",
@@ -69,6 +77,19 @@ def push_space(model_id: str, *, private: bool | None = None, token: str | None 
     except NETWORK_ERRORS as error:
         raise HubError(f"pushing the Space {model_id} failed: {failure_reason(error)}; push it again") from error
     return str(address)
+
+
+def _check_is_ours(api: HfApi, space: str) -> None:
+    """Raise HubError for a Space of somebody's own, all of whose files would be replaced."""
+    if not api.repo_exists(space, repo_type="space"):
+        return
+    made = False
+    if api.file_exists(space, "README.md", repo_type="space"):
+        with tempfile.TemporaryDirectory(prefix="space-card-") as folder:
+            card = api.hf_hub_download(space, "README.md", repo_type="space", cache_dir=folder)
+            made = MADE in Path(card).read_text(encoding="utf-8", errors="replace")
+    if not made:
+        raise HubError(f"the Space {space} is there, and was not made by `custom-ddpm push --space`; rename it first")
 
 
 def write_space(folder: Path, model_id: str, private: bool = False) -> None:
@@ -91,5 +112,5 @@ def write_space(folder: Path, model_id: str, private: bool = False) -> None:
     except importlib.metadata.PackageNotFoundError:
         version = ""  # the newest
     title = re.sub(r"[^\w .-]", "", model_id.rpartition("/")[2])
-    words = {"model": model_id, "own": __version__, "private": PRIVATE if private else ""}
+    words = {"model": model_id, "made": MADE, "own": __version__, "private": PRIVATE if private else ""}
     (folder / "README.md").write_text(README.format(title=title, version=version, **words), encoding="utf-8")

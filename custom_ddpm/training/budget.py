@@ -167,25 +167,27 @@ def seconds_per_step(*parts: Any) -> float:
     return float(broadcast_object_list([times[len(times) // 2]])[0])
 
 
-def choose_threads(config: TrainingConfig, accelerator: Accelerator, *parts: Any) -> TrainingConfig:
-    """The configuration with a number of threads, where the user chose none and the recipe is the default.
+def choose_threads(config: TrainingConfig, accelerator: Accelerator, resumed: bool, *parts: Any) -> TrainingConfig:
+    """The configuration with the number of threads of one process, measured where nobody chose it.
 
     Small networks wait for their threads more than they gain by them, and all the more where another program needs a
     core: every operation then waits until the thread on that core has its turn. All threads are compared with half as
-    many, and so on while that is faster. Several processes share the cores without a measurement.
+    many, and so on while that is faster. It is measured for new runs of the default recipe. Several processes share the
+    cores without a measurement.
 
     Args:
         config: settings of the run.
         accelerator: of the run.
+        resumed: whether the run goes on from a checkpoint, whose number of threads `config` has if it is known.
         parts: arguments of `_step_times`.
     """
-    if accelerator.device.type != "cpu":
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
         return config
     if config.cpu_threads is not None:  # given, or of the checkpoint
         torch.set_num_threads(config.cpu_threads)
         return config
     cores = threads = torch.get_num_threads()
-    if config.recipe != "default" or accelerator.num_processes > 1 or cores == 1 or threads_were_chosen():
+    if config.recipe != "default" or resumed or cores == 1 or threads_were_chosen():
         return config
     seconds: dict[int, float] = {}
     while threads >= 1:

@@ -25,7 +25,7 @@ from ..unet import CustomUNet2DModel
 from .budget import choose_threads, plan, seconds_per_step
 from .checkpoint import delete_checkpoint, differing_settings, find_checkpoint
 from .ema import PostHocEMA
-from .launch import command_line, get_logger
+from .launch import command_line, get_logger, threads_were_chosen
 from .loop import Loss
 from .metrics import MetricsLogger
 from .parts import build_ema, build_loss, build_model, build_optimizer, describe_device, open_data
@@ -135,12 +135,13 @@ def _record(config: TrainingConfig, settings: Mapping[str, Any], accelerator: Ac
     accelerator.init_trackers("custom_ddpm", config={name: str(value) for name, value in settings.items()})
 
 
-def _with_choices_of(config: TrainingConfig, metadata: Mapping[str, Any]) -> TrainingConfig:
+def _with_choices_of(config: TrainingConfig, metadata: Mapping[str, Any], num_processes: int = 1) -> TrainingConfig:
     """The settings that are not given as the checkpoint's run had them: another machine would choose others."""
     saved = metadata.get("settings")
     saved = {**FORMER_SETTINGS, **saved} if isinstance(saved, dict) else {}
     names = ["down_block_types", *(each.name for each in dataclasses.fields(config) if each.metadata["by_recipe"])]
-    names.append("cpu_threads")  # other sums of floating point numbers
+    if num_processes == 1 and not threads_were_chosen():
+        names.append("cpu_threads")  # with others the sums of floating point numbers are others
     if config.time_budget is config.max_train_steps is config.num_epochs is None:
         names += ["time_budget", "max_train_steps", "num_epochs"]
     elif config.time_budget is not None and config.time_budget == saved.get("time_budget"):
@@ -166,7 +167,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     Raises:
         ValueError, OSError: invalid settings, data or checkpoint; one line, before the first step.
     """
-    config = before_data(_with_choices_of(config, {} if resumed is None else resumed[1]))
+    config = before_data(_with_choices_of(config, {} if resumed is None else resumed[1], accelerator.num_processes))
     data, validation_data = open_data(config, accelerator)
     logger.info(f"{describe_device(accelerator)}\n{data.describe()}")
     torch.manual_seed(config.seed)
@@ -182,7 +183,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, resumed: Resumed
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
     loss, loop_options = build_loss(config), _loop_options(config, data, sampler, memory_format)
     parts = (model, scheduler, prepared_optimizer, data, accelerator, loss, config.train_batch_size, loop_options)
-    config = choose_threads(config, accelerator, *parts)
+    config = choose_threads(config, accelerator, resumed is not None, *parts)
     if config.max_train_steps is None and config.time_budget is not None:
         config = plan(config, seconds_per_step(*parts), accelerator, first_step)
     max_train_steps = _max_train_steps(config, data, global_batch, first_step, first_sample)

@@ -46,6 +46,25 @@ def test_a_second_push_replaces_the_files(hub, run, monkeypatch):
     assert "custom_ddpm/gone.py" not in hub.files("user/model", type="space")
 
 
+def test_the_space_of_a_private_model_is_private(hub, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    main(["push", str(run), "user/model", "--private"])
+    push_space("user/model", token=hub.token)
+    assert hub.repos["space", "user/model"].private
+
+
+def test_a_space_of_somebodys_own_is_not_replaced(hub, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    main(["push", str(run), "user/model", "--space"])
+    space = hub.repos["space", "user/model"]
+    own = space.at("main").files["app.py"]
+    for files in ({"README.md": own}, {"app.py": own}):
+        space.commit("main", "by hand", files)
+        with pytest.raises(HubError, match="was not made by `custom-ddpm push --space`"):
+            push_space("user/model", token=hub.token)
+        assert space.at("main").files == files
+
+
 def test_a_missing_model_and_a_failing_hub_are_told_in_one_line(hub, run):
     with pytest.raises(HubError, match="user/nothing") as error:
         push_space("user/nothing", token=hub.token)

@@ -141,7 +141,7 @@ ON_CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 def test_fewer_threads_where_they_are_clearly_faster(threads, monkeypatch, caplog, seconds, tried, chosen):
     monkeypatch.setattr(budget, "_step_times", lambda *_: [9.0, seconds[threads[-1]]])
     with caplog.at_level("INFO"):
-        found = budget.choose_threads(TrainingConfig(), ON_CPU)
+        found = budget.choose_threads(TrainingConfig(), ON_CPU, False)
     assert (threads[1:-1], threads[-1], found.cpu_threads) == (tried, chosen, chosen)
     ratio = seconds[8] / seconds[chosen]
     said = [] if chosen == 8 else [f"--cpu_threads {chosen}: steps are {ratio:.1f}x as fast as with 8"]
@@ -153,10 +153,21 @@ def test_threads_are_not_measured_where_somebody_chose_them(threads, monkeypatch
     several = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
     gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     for settings, accelerator in (({"recipe": "stock"}, ON_CPU), ({}, several), ({}, gpu)):
-        assert budget.choose_threads(TrainingConfig(**settings), accelerator).cpu_threads is None
-    assert budget.choose_threads(TrainingConfig(cpu_threads=3), ON_CPU).cpu_threads == threads[-1] == 3
+        assert budget.choose_threads(TrainingConfig(**settings), accelerator, False).cpu_threads is None
+    assert budget.choose_threads(TrainingConfig(cpu_threads=3), ON_CPU, False).cpu_threads == threads[-1] == 3
+    assert budget.choose_threads(TrainingConfig(), ON_CPU, True).cpu_threads is None  # resumed
     monkeypatch.setattr(budget, "threads_were_chosen", lambda: True)
-    assert budget.choose_threads(TrainingConfig(), ON_CPU).cpu_threads is None
+    assert budget.choose_threads(TrainingConfig(), ON_CPU, False).cpu_threads is None
+
+
+def test_the_threads_of_a_checkpoint_are_those_of_one_process_that_chose_none(monkeypatch):
+    saved = {"settings": {"cpu_threads": 16}}
+    monkeypatch.setattr(build, "threads_were_chosen", lambda: False)
+    assert build._with_choices_of(TrainingConfig(), saved).cpu_threads == 16
+    assert build._with_choices_of(TrainingConfig(cpu_threads=2), saved).cpu_threads == 2
+    assert build._with_choices_of(TrainingConfig(), saved, 4).cpu_threads is None
+    monkeypatch.setattr(build, "threads_were_chosen", lambda: True)
+    assert build._with_choices_of(TrainingConfig(), saved).cpu_threads is None
 
 
 def test_measuring_threads_changes_nothing_and_a_resumed_run_keeps_them(tmp_path, monkeypatch):
@@ -165,6 +176,7 @@ def test_measuring_threads_changes_nothing_and_a_resumed_run_keeps_them(tmp_path
     try:
         torch.set_num_threads(2)
         monkeypatch.setattr(budget, "threads_were_chosen", lambda: False)
+        monkeypatch.setattr(build, "threads_were_chosen", lambda: False)
         monkeypatch.setattr("custom_ddpm.training.launch.threads_were_chosen", lambda: True)  # leaves the two
         monkeypatch.setattr(budget, "FEWER", 0.0)
         runs.run_killed_at(monkeypatch, 6, tmp_path / "measured", **options)
