@@ -15,9 +15,8 @@ import PIL.Image
 import torch
 
 from ..data.pixels import denormalise
-from ..messages import one_line
 from ..sampling import image_grid
-from .limits import Limits, open_upload
+from .limits import Limits, refusal
 from .texts import say
 from .worker import Model, Progress, Stopped, watch
 
@@ -65,11 +64,6 @@ def view_html(language: str, progress: Progress | None, status: str, announced: 
         figures = "".join(picture_html(grid, text) for grid, text in zip(grids, captions, strict=True))
     role = ' role="status"' if announced else ""
     return f'<div class="view">{figures}</div><p{role}>{html.escape(status)}</p>'
-
-
-def refusal(language: str, error: BaseException) -> gr.Error:
-    """An error as the page shows it: one line."""
-    return gr.Error(html.escape(one_line(error)), title=say(language, "refused"), print_exception=False)
 
 
 def follow(
@@ -169,27 +163,3 @@ def result_parts(language: str) -> tuple[gr.HTML, gr.Image, gr.DownloadButton]:
         elem_classes="pixels",
     )
     return view, result, gr.DownloadButton(say(language, "download"), visible=False)
-
-
-def checked_upload(component: Any, limits: Limits, language: str) -> Any:
-    """A component for pictures whose uploads are checked by `open_upload` before Pillow or gradio decode them.
-
-    gradio decodes a file before it calls the function of an event, and its message does not name the reason.
-    """
-    decode = component.preprocess
-
-    def preprocess(payload: Any) -> Any:
-        if payload is None:
-            return None
-        try:
-            if isinstance(component, gr.Image):
-                return open_upload(payload.path, limits, language)
-            for part in (payload.background, *payload.layers, payload.composite):
-                if part is not None:
-                    open_upload(part.path, limits, language)
-        except ValueError as error:
-            raise refusal(language, error) from error
-        return decode(payload)
-
-    component.preprocess = preprocess
-    return component

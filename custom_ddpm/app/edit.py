@@ -13,8 +13,8 @@ from ..pipelines.pictures import read_pictures
 from ..pipelines.pipeline_custom_ddpm_img2img import CustomDDPMImg2ImgPipeline
 from ..pipelines.pipeline_custom_ddpm_inpaint import CustomDDPMInpaintPipeline
 from ..pipelines.pipeline_custom_ddpm_interpolate import CustomDDPMInterpolationPipeline
-from .drawing import REQUESTS, cancel_button, checked_upload, follow, on_click, refusal, result_parts
-from .limits import Limits, check_request, check_value
+from .drawing import REQUESTS, cancel_button, follow, on_click, result_parts
+from .limits import Limits, check_request, check_value, checked_upload, refusal
 from .settings import class_field, guidance_field, labels_of, options_of, seed_field, steps_field
 from .texts import say
 from .worker import STATES, Model

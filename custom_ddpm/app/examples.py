@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageOps
 
-from .limits import Limits, open_upload
+from .limits import Limits, checked_upload, open_upload
 
 LARGEST = 64  # pixels of a side
 # The first picture of each class of examples/digits (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository 1998,
@@ -99,7 +99,7 @@ def picture_input(language: str, limits: Limits) -> Any:
     digits = gr.Dropdown([(f"{words['a digit']} {i}", i) for i in range(10)], value=0, label=words["digit"])
     with gr.Accordion(words["own"], open=False):
         upload = gr.File(label=words["upload"], file_types=["image"], height=110)
-        drawing = gr.Sketchpad(
+        pad = gr.Sketchpad(
             label=words["draw"],
             placeholder=words["brush"],
             type="pil",
@@ -111,6 +111,7 @@ def picture_input(language: str, limits: Limits) -> Any:
             buttons=[],
             brush=gr.Brush(default_size=18),
         )
+        drawing = checked_upload(pad, limits, language)
 
     def uploaded(file: str | None, which: int) -> Any:
         if file is None:

@@ -9,8 +9,8 @@ import gradio as gr
 from ..messages import quoted
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
 from ..sampling import sample_images
-from .drawing import REQUESTS, cancel_button, follow, on_click, refusal, result_parts
-from .limits import Limits, check_request
+from .drawing import REQUESTS, cancel_button, follow, on_click, result_parts
+from .limits import Limits, check_request, refusal
 from .settings import (
     class_field,
     guidance_field,

@@ -1,18 +1,21 @@
 """What one visitor may ask for, so that the others are served too; checks of settings and of uploaded files."""
 
+import io
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
-from ..messages import shown
+from ..messages import one_line, shown
 from .texts import say
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SEED = 2**53  # a browser counts in float64
 MB = 2**20
+MAX_LAYERS = 16  # of a drawing
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,23 @@ def check_value(language: str, name: str, value: float, least: float, most: floa
     return value
 
 
-def open_upload(file: str | Path, limits: Limits, language: str) -> PIL.Image.Image:
+def open_upload(file: str | Path | io.BytesIO, limits: Limits, language: str) -> PIL.Image.Image:
     """An uploaded picture, decoded after its format, its size and its number of pixels were checked.
 
     Args:
-        file: path, on this computer.
+        file: path, on this computer, or the file's bytes.
         limits: of which `upload_mb` and `upload_pixels` are used.
         language: of the messages.
 
     Raises:
         ValueError: the file is no picture, or too large, in one line in the visitor's language.
     """
-    file = Path(file)
-    name = shown(file.name, 40)
-    megabytes = file.stat().st_size / MB
+    if isinstance(file, io.BytesIO):
+        name, size = say(language, "picture"), file.getbuffer().nbytes
+    else:
+        file = Path(file)
+        name, size = shown(file.name, 40), file.stat().st_size
+    megabytes = size / MB
     if megabytes > limits.upload_mb:
         raise ValueError(say(language, "file_too_large", name=name, value=f"{megabytes:.1f}", most=limits.upload_mb))
     try:
@@ -107,3 +113,68 @@ def open_upload(file: str | Path, limits: Limits, language: str) -> PIL.Image.Im
 
 class TooLarge(ValueError):
     """A picture with more pixels than the limit."""
+
+
+def refusal(language: str, error: BaseException) -> Any:
+    """An error as the page shows it, a `gradio.Error`: one line."""
+    import html
+
+    import gradio as gr
+
+    return gr.Error(html.escape(one_line(error)), title=say(language, "refused"), print_exception=False)
+
+
+def checked_upload(component: Any, limits: Limits, language: str) -> Any:
+    """A component for pictures whose uploads are checked by `open_upload` before Pillow or gradio decode them.
+
+    gradio decodes a file before it calls the function of an event, and its message does not name the reason. Editors
+    send their pictures beforehand, to `accept_blobs`, and then only the number under which they are kept.
+    """
+    decode, stored = component.preprocess, getattr(component, "blob_storage", {})
+
+    def preprocess(payload: Any) -> Any:
+        if payload is None:
+            return None
+        sent = getattr(payload, "id", None)
+        try:
+            if sent is not None:
+                parts = _parts(stored.get(sent))
+                files = [io.BytesIO(part) for part in parts]
+            elif hasattr(payload, "layers"):
+                files = [part.path for part in _parts(payload)]
+            else:
+                return open_upload(payload.path, limits, language)
+            for file in files:
+                open_upload(file, limits, language)
+        except ValueError as error:
+            stored.pop(sent, None)
+            raise refusal(language, error) from error
+        return decode(payload)
+
+    component.preprocess = preprocess
+    if hasattr(component, "accept_blobs"):
+        component.accept_blobs = _checked_blobs(component.accept_blobs, limits, language)
+    return component
+
+
+def _parts(drawing: Any) -> list[Any]:
+    """The pictures of an editor's data that are there."""
+    parts = (drawing.background, *(drawing.layers or ()), drawing.composite) if drawing is not None else ()
+    return [part for part in parts if part is not None]
+
+
+def _checked_blobs(accept: Any, limits: Limits, language: str) -> Any:
+    """An editor's `accept_blobs` that keeps no file over the limit, and no more than `MAX_LAYERS`."""
+    from starlette.exceptions import HTTPException
+
+    def accept_blobs(data: Any) -> Any:
+        megabytes, index = len(data.files[0][1]) / MB, data.data["index"]
+        if megabytes > limits.upload_mb:
+            values = {"name": say(language, "picture"), "value": f"{megabytes:.1f}", "most": limits.upload_mb}
+            raise HTTPException(413, say(language, "file_too_large", **values))
+        if index and index != "null" and not 0 <= int(index) < MAX_LAYERS:
+            raise HTTPException(413, f"layer {int(index)}; at most {MAX_LAYERS}")
+        return accept(data)
+
+    accept_blobs._is_server_fn = True  # type: ignore[attr-defined]
+    return accept_blobs

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from .drawing import refusal
+from .limits import refusal
 from .runs import find_runs, run_folder, run_html, stamp
 from .texts import say
 from .trainer import Trainer, can_train

@@ -1,5 +1,6 @@
 """The page without a browser: its functions, its refusals, its limits, its texts, and the lines that it shows."""
 
+import io
 import re
 import string
 import struct
@@ -9,6 +10,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -17,12 +19,15 @@ from conftest import make_pipeline
 
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.app import command
-from custom_ddpm.app.limits import MB, Limits, check_request, open_upload
+from custom_ddpm.app.limits import MB, Limits, check_request, checked_upload, open_upload, refusal
 from custom_ddpm.app.texts import LANGUAGES, TEXTS, say
 from custom_ddpm.cli import main
 
 gr = pytest.importorskip("gradio")
+from starlette.exceptions import HTTPException  # noqa: E402
+
 from custom_ddpm.app import drawing, generate  # noqa: E402
+from custom_ddpm.app.examples import picture_input  # noqa: E402
 from custom_ddpm.app.page import Settings, build_page, is_loopback, launch_options  # noqa: E402
 from custom_ddpm.app.worker import Model, Stopped, watch  # noqa: E402
 
@@ -251,12 +256,52 @@ def test_a_large_file_is_refused_and_a_picture_is_read(tmp_path):
 def test_components_check_uploads_before_they_decode_them(make, tmp_path):
     file = tmp_path / "bomb.png"
     file.write_bytes(png(5000, 5000))
-    component = drawing.checked_upload(make(), LIMITS, "en")
+    component = checked_upload(make(), LIMITS, "en")
     payload = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
     payload = payload if make is gr.Image else {"background": payload, "layers": [], "composite": None}
     with pytest.raises(gr.Error, match="bomb"):
         component.preprocess(component.data_model(**payload))
     assert component.preprocess(None) is None
+
+
+def sent(component, data, index=None):
+    """Hand a file to an editor as the browser does, and return what the event submits."""
+    kind = "background" if index is None else "layer"
+    blob = {"data": {"type": kind, "index": index, "file": b"", "id": "1"}, "files": [("file", data)]}
+    component.accept_blobs(SimpleNamespace(**blob))
+    return component.data_model(id="1")
+
+
+def eps():
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), "red").save(file, "EPS")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("index", [None, "0"])
+@pytest.mark.parametrize("data", [png(5000, 5000), eps(), b"text"])
+def test_what_an_editor_sends_beforehand_is_checked_too(data, index, monkeypatch):
+    with gr.Blocks() as page:
+        checked_upload(gr.ImageEditor(type="pil"), LIMITS, "en")
+        picture_input("en", LIMITS)
+    editors = [block for block in page.blocks.values() if isinstance(block, gr.ImageEditor)]
+    assert len(editors) == 2
+    for editor in editors:
+        shown = editor.preprocess(sent(editor, png(8, 8), index))
+        assert (shown["background"] if index is None else shown["layers"][0]).size == (8, 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(PIL.Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+            with pytest.raises(gr.Error, match=r"16|not a picture"):
+                editor.preprocess(sent(editor, data, index))
+        assert not editor.blob_storage
+
+
+def test_an_editor_keeps_no_large_files():
+    editor = checked_upload(gr.ImageEditor(), Limits(upload_mb=1), "en")
+    for data, index in ((bytes(2 * MB), None), (b"", "1000000000")):
+        with pytest.raises(HTTPException, match="at most"):
+            sent(editor, data, index)
+    assert not editor.blob_storage and editor.accept_blobs._is_server_fn
 
 
 # ---- Generate ----
@@ -307,4 +352,4 @@ def test_settings_out_of_the_limits_are_shown_as_an_error(model):
 
 def test_a_name_of_a_class_is_no_markup():
     assert "<script>" not in drawing.view_html("en", None, "<script>alert(1)</script>")
-    assert "<b>" not in drawing.refusal("en", ValueError("<b>")).message
+    assert "<b>" not in refusal("en", ValueError("<b>")).message
