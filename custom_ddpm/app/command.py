@@ -33,7 +33,8 @@ def app(args: argparse.Namespace) -> None:
             f"--host {args.host}: everybody who reaches this computer over the network can use the page and its "
             "processor, without a password and not encrypted. Trainings cannot be started from the page."
         )
-    address = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
+    host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
+    address = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
     serve(settings, started=lambda: print(f"{address} (in Chinese: {address}/zh); Ctrl-C ends it", flush=True))
 
 
@@ -41,8 +42,9 @@ def _limits(args: argparse.Namespace) -> Limits:
     names = ("steps", "pictures", "seconds", "upload_mb", "waiting")
     values = {name: getattr(args, f"max_{name}") for name in names}
     for name, value in values.items():
-        if not value >= 1:
-            raise ValueError(f"--max_{name} is {value:g}; it must be at least 1")
+        least = 2 if name == "steps" else 1
+        if not value >= least:
+            raise ValueError(f"--max_{name} is {value:g}; it must be at least {least}")
     return Limits(**values)
 
 

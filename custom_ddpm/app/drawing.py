@@ -133,7 +133,7 @@ def on_click(
         return view_html(language, None, say(language, "refused"))
 
     event = button.click(wait, outputs=outputs[0], queue=False, **options).then(
-        draw, inputs, outputs, concurrency_id="model", concurrency_limit=1, **options
+        draw, inputs, outputs, concurrency_id="model", concurrency_limit=1, trigger_mode="multiple", **options
     )
     event.failure(fail, outputs=outputs[0], queue=False, **options)
     return event

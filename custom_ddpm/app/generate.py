@@ -81,11 +81,12 @@ def python_lines(model: Model, wish: Wish) -> str:
     lines = [] if own or ours else [f"from diffusers import {sampler}", ""]
     lines += [
         f"from custom_ddpm import CustomDDPMPipeline{f', {sampler}' if ours and not own else ''}",
-        "from custom_ddpm.sampling import image_grid, sample_images",
+        f"from custom_ddpm.sampling import image_grid, sample_images{'' if own or ours else ', untuned'}",
         "",
         f"pipeline = CustomDDPMPipeline.from_pretrained({quoted(model.name)}){place}",
     ]
-    lines += [] if own else [f"pipeline.scheduler = {sampler}.from_config(pipeline.scheduler.config)"]
+    config = "pipeline.scheduler.config" if ours else "untuned(pipeline.scheduler.config)"
+    lines += [] if own else [f"pipeline.scheduler = {sampler}.from_config({config})"]
     lines += ["images = sample_images(", "    pipeline,"]
     lines += [f"    {name}={value}," for name, value in arguments.items()]
     return "\n".join([*lines, ")", 'image_grid(images).save("pictures.png")', ""])

@@ -72,7 +72,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch):
     [
         (["--port", "0"], "--port is 0; it must be between 1 and 65535"),
         (["--runs", "nowhere"], "--runs is nowhere, which is no folder"),
-        (["--max_steps", "0"], "--max_steps is 0; it must be at least 1"),
+        (["--max_steps", "0"], "--max_steps is 0; it must be at least 2"),
         (["--max_seconds", "nan"], "--max_seconds is nan; it must be at least 1"),
         (["nowhere"], "nowhere"),
     ],
@@ -328,6 +328,13 @@ def test_the_lines_make_exactly_the_picture_shown(model, label, guidance, sample
     made = PIL.Image.open("pictures.png")
     assert made.mode == picture.mode and made.tobytes() == picture.tobytes()
     assert len(np.unique(np.asarray(made))) > 10
+
+
+@pytest.mark.parametrize(("sampler", "config"), [("DDIMScheduler", "untuned(pipeline"), ("CustomDDPMScheduler", None)])
+def test_the_lines_give_diffusers_no_settings_of_ours(model, sampler, config):
+    *_, last = generate.draw(model, LIMITS, "en", None, 1, 2.0, sampler, 5, 7, 1)
+    lines = last[3]["value"]
+    assert (config in lines if config else "untuned" not in lines) and ("untuned" in lines) == ("import DDIM" in lines)
 
 
 def test_the_lines_with_another_seed_make_another_picture(model, tmp_path, monkeypatch):
