@@ -102,8 +102,8 @@ def follow(
     with tempfile.TemporaryDirectory(prefix="custom-ddpm-") as folder:
         file = str(Path(folder, FILE))
         image_grid(last.result.cpu()).save(file)
-        shown = gr.update(value=file, visible=True)
-        yield view_html(language, last, status), shown, shown  # the file is copied meanwhile
+        # The file is copied meanwhile; gradio writes the copy's place into each of the two.
+        yield view_html(language, last, status), *(gr.update(value=file, visible=True) for _ in range(2))
 
 
 # ---- parts of the tabs ----

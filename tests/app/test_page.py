@@ -322,7 +322,7 @@ def test_the_lines_make_exactly_the_picture_shown(model, label, guidance, sample
     for shown in generate.draw(model, LIMITS, "en", None, label, guidance, sampler, 5, 7, number):
         if shown[1].get("value"):
             picture = PIL.Image.open(shown[1]["value"]).copy()
-            assert shown[2]["value"] == shown[1]["value"]
+            assert shown[2]["value"] == shown[1]["value"] and shown[2] is not shown[1]  # gradio changes them
     assert "Finished" in shown[0] and shown[0].count("<img") == 2
     exec(shown[3]["value"], {})
     made = PIL.Image.open("pictures.png")
