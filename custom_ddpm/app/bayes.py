@@ -132,7 +132,7 @@ def bells_plot(words: dict[str, str], found: Bayes, zoom: bool) -> str:
         product = measured(found)
         inside = (product.height > 0.003) & (product.x >= low) & (product.x <= high)
         chosen = np.flatnonzero(inside)[:: max(1, int(inside.sum()) // 14)]
-        plot.points(product.x[chosen], product.height[chosen], [PRODUCT] * len(chosen), 3)
+        plot.points(product.x[chosen].tolist(), product.height[chosen].tolist(), [PRODUCT] * len(chosen), 3)
     plot.upright(found.x_0, "x₀")
     plot.upright(found.x_t, "xₜ", row=1)
     plot.upright(found.mean, "μ̃", row=2, colour=POSTERIOR)

@@ -103,7 +103,8 @@ def follow(
         file = str(Path(folder, FILE))
         image_grid(last.result.cpu()).save(file)
         # The file is copied meanwhile; gradio writes the copy's place into each of the two.
-        yield view_html(language, last, status), *(gr.update(value=file, visible=True) for _ in range(2))
+        shown, download = (gr.update(value=file, visible=True) for _ in range(2))
+        yield view_html(language, last, status), shown, download
 
 
 # ---- parts of the tabs ----
