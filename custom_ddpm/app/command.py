@@ -29,6 +29,8 @@ def app(args: argparse.Namespace) -> None:
 
     settings = Settings(_model(args.model), Path(args.runs), args.host, args.port, limits)
     if not settings.is_local:
+        if settings.model is not None and Path(settings.model.name).is_dir():
+            settings.model.name = Path(settings.model.name).resolve().name  # others need not know where it is
         print(
             f"--host {args.host}: everybody who reaches this computer over the network can use the page and its "
             "processor, without a password and not encrypted. Trainings cannot be started from the page."

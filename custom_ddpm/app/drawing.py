@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ class Requests:
     def __init__(self) -> None:
         self._stops: dict[tuple[str | None, str], threading.Event] = {}
 
-    def begin(self, session: str | None, tab: str) -> threading.Event:
-        """The event that `stop` sets; an earlier request of the same visitor and tab is stopped."""
+    @contextmanager
+    def running(self, session: str | None, tab: str) -> Iterator[threading.Event]:
+        """Context with the event that `stop` sets; an earlier request of the same visitor and tab is stopped."""
         self.stop(session, tab)
         self._stops[session, tab] = stop = threading.Event()
-        return stop
+        try:
+            yield stop
+        finally:
+            if self._stops.get((session, tab)) is stop:
+                del self._stops[session, tab]
 
     def stop(self, session: str | None, tab: str) -> None:
         """Stop a visitor's request, if there is one."""

@@ -165,6 +165,8 @@ def tab(language: str, model: Model, limits: Limits) -> None:
                 buttons=[],
             )
             _form("inpaint", inpaint, language, model, limits, [painted, repeats])
+        if limits.pictures_of(model.size) < 2:
+            return
         with gr.Tab(say(language, "between")), gr.Row(), gr.Column(scale=1, min_width=280):
             ends = [_picture_field(language, limits, name) for name in ("first_picture", "second_picture")]
             _form("between", between, language, model, limits, ends)
@@ -236,12 +238,12 @@ def _form(
         view, result, download = result_parts(language)
 
     def on_draw(request: gr.Request, *settings: Any) -> Iterator[tuple[Any, Any, Any]]:
-        stop = REQUESTS.begin(request.session_hash, name)
         try:
             call = make(model, limits, language, *settings)
         except ValueError as error:
             raise refusal(language, error) from error
-        yield from follow(model, limits, language, stop, call)
+        with REQUESTS.running(request.session_hash, name) as stop:
+            yield from follow(model, limits, language, stop, call)
 
     inputs = [*own, number, label, guidance, steps, seed]
     event = on_click(button, language, name, on_draw, inputs, [view, result, download])

@@ -96,7 +96,6 @@ def draw(
     model: Model, limits: Limits, language: str, session: str | None, *settings: Any
 ) -> Iterator[tuple[Any, Any, Any, Any]]:
     """What the page shows while pictures are drawn: view, result, download, Python lines."""
-    stop = REQUESTS.begin(session, TAB)
     try:
         wish = read_wish(model, limits, language, *settings)
         pipeline = model.pipeline_of(CustomDDPMPipeline, wish.sampler)
@@ -109,8 +108,9 @@ def draw(
         return sample_images(pipeline, wish.seeds, wish.labels, len(wish.seeds), **wish.options, **watched)
 
     lines = python_lines(model, wish)
-    for shown in follow(model, limits, language, stop, call):
-        yield *shown, gr.update(value=lines, visible=True)
+    with REQUESTS.running(session, TAB) as stop:
+        for shown in follow(model, limits, language, stop, call):
+            yield *shown, gr.update(value=lines, visible=True)
 
 
 def tab(language: str, model: Model, limits: Limits) -> None:

@@ -41,7 +41,7 @@ def stamp(run: Path) -> tuple:
     grid = newest_grid(run)
     return (
         str(run),
-        *((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()),
+        *((file.stat().st_mtime_ns, file.stat().st_size) for file in [*files, grid] if file and file.is_file()),
         grid and grid.name,
     )
 

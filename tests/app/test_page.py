@@ -91,15 +91,17 @@ def test_help_imports_neither_torch_nor_gradio():
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2"])
-def test_a_host_for_others_says_what_it_means(host, monkeypatch, capsys):
+def test_a_host_for_others_says_what_it_means_and_shows_no_paths(host, monkeypatch, capsys, tmp_path):
     from custom_ddpm.app import page
 
-    monkeypatch.setattr(page, "serve", lambda settings, started: started())
-    monkeypatch.setattr(command, "_model", lambda name: None)
+    names = []
+    monkeypatch.setattr(page, "serve", lambda settings, started: (names.append(settings.model.name), started()))
+    monkeypatch.setattr(command, "_model", lambda name: Model(str(tmp_path), None))
     main(["app", "--host", host])
     assert "everybody" in capsys.readouterr().out
     main(["app"])
     assert "everybody" not in capsys.readouterr().out
+    assert names == [tmp_path.name, str(tmp_path)]
 
 
 def test_loopback():
@@ -200,10 +202,13 @@ def test_a_cancelled_request_ends_and_others_go_on(model):
 
 def test_a_visitor_cancels_their_own_request_only():
     requests = drawing.Requests()
-    mine, theirs = requests.begin("me", "generate"), requests.begin("they", "generate")
-    requests.stop("me", "generate")
-    requests.stop("me", "generate")
-    assert mine.is_set() and not theirs.is_set()
+    with requests.running("me", "generate") as mine, requests.running("they", "generate") as theirs:
+        requests.stop("me", "generate")
+        requests.stop("me", "generate")
+        assert mine.is_set() and not theirs.is_set()
+        with requests.running("they", "generate") as later:
+            assert theirs.is_set() and not later.is_set()
+    assert requests._stops == {}
 
 
 # ---- uploads ----
