@@ -155,7 +155,15 @@ class TrainingConfig:
     lr_scheduler: str = _chosen(
         "optimiser",
         "learning rate schedule, in optimiser steps",
-        ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        (
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+            "constant",
+            "constant_with_warmup",
+            "warmup_stable_decay",
+        ),
     )
     lr_warmup_steps: int = _chosen("optimiser", "optimiser steps of warm-up")
     adam_beta1: float = _chosen("optimiser", "beta1 of AdamW")

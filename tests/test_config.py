@@ -161,7 +161,8 @@ def test_choices_are_those_of_the_scheduler_and_of_diffusers():
     assert choices["prediction_type"] == PREDICTION_TYPES
     # "analytic" is estimated from a trained model, "piecewise_constant" needs rules that no flag gives.
     assert choices["variance_type"] == tuple(kind for kind in VARIANCE_TYPES if kind != "analytic")
-    assert choices["lr_scheduler"] == tuple(s.value for s in SchedulerType if s.value != "piecewise_constant")
+    of_diffusers = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+    assert choices["lr_scheduler"] == (*of_diffusers, "warmup_stable_decay")  # the last by transformers
 
 
 def test_help_shows_every_flag_once_in_its_group_and_config_first():

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers.optimization import get_scheduler
+from transformers.optimization import get_wsd_schedule
 
 from ..config import TrainingConfig
 from ..data.base import ImageData
@@ -45,6 +46,8 @@ FIXED_SETTINGS = (
 # What runs had before there were these settings; their checkpoints do not hold them.
 FORMER_SETTINGS = {"patch_size": 1, "resnet_time_scale_shift": "default", "optimizer": "adamw"}
 UNCOMPARED_SETTINGS = ("output_dir", "resume_from_checkpoint")  # may differ at every start
+
+DECAY = 0.4  # share of the run in which warmup_stable_decay falls linearly to zero
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint and its metadata
 
@@ -125,6 +128,9 @@ def _build_lr_scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer
             f"--lr_warmup_steps is {warmup} and the run has {max_train_steps} steps: the learning rate never comes to "
             f"--learning_rate, {config.learning_rate:g}"
         )
+    if config.lr_scheduler == "warmup_stable_decay":
+        decay = min(math.ceil(DECAY * max_train_steps), max(0, max_train_steps - warmup))
+        return get_wsd_schedule(optimizer, warmup, decay, max_train_steps, decay_type="linear")
     return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from runs import DIGITS, ROOT, run, tiny
 
 from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler
 from custom_ddpm.config import TrainingConfig
+from custom_ddpm.training import build
 from custom_ddpm.training.parts import build_model
 
 pytestmark = pytest.mark.usefixtures("digits_cache")
@@ -165,6 +167,21 @@ def test_a_run_shorter_than_its_warm_up_is_told(tmp_path, caplog, schedule):
     told = [record.getMessage() for record in caplog.records if "--lr_warmup_steps" in record.getMessage()]
     expected = "--lr_warmup_steps is 2 and the run has 2 steps: the learning rate never comes to --learning_rate, 0.001"
     assert told == ([] if schedule == "constant" else [expected])
+
+
+@pytest.mark.parametrize(("steps", "warmup", "falls"), [(20, 2, 12), (20, 0, 12), (20, 15, 15), (5, 1, 3)])
+def test_the_learning_rate_rises_stays_and_falls_in_the_last_two_fifths(steps, warmup, falls):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    config = TrainingConfig(lr_scheduler="warmup_stable_decay", lr_warmup_steps=warmup)
+    schedule = build._build_lr_scheduler(config, optimizer, steps)
+    rates = []
+    for _ in range(steps + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    corners = [0, warmup, falls, steps], [0, 0.5, 0.5, 0]
+    expected = np.interp(range(steps + 1), *([values[1:] for values in corners] if warmup == 0 else corners))
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
