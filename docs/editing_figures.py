@@ -3,7 +3,7 @@
     python docs/editing_figures.py exact                            images/inpainting.png: a world known exactly
     python docs/editing_figures.py gallery MODEL DATASET            images/editing.png, and PSNR of inversion and back
 
-MODEL is trained on Fashion-MNIST as in examples/README.md, DATASET is made by examples/make_fashion_mnist.py.
+MODEL is trained on Fashion-MNIST as in docs/gallery.md, DATASET is made by examples/make_fashion_mnist.py.
 """
 
 import sys
