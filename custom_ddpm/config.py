@@ -199,6 +199,9 @@ class TrainingConfig:
         "sampling", "sampler of the grids: the reverse process as it was trained, or DPM-Solver++ for few steps"
     )
     ddpm_num_inference_steps: int = _chosen("sampling", "sampling steps of the grids")
+    preview: Literal["terminal"] | None = _flag(
+        "sampling", None, "terminal: also show the grids in the terminal (needs textual-image)"
+    )
     guidance_scale: float = _chosen("sampling", "classifier-free guidance of the grids, for class-conditional models")
 
     output_dir: str = _flag("checkpoints", "ddpm-model", "folder of the run")

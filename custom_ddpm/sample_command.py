@@ -257,7 +257,7 @@ def sample(args: argparse.Namespace) -> None:
         sample_set.draw(args.batch_size)
     if state.is_main_process:
         names = pipeline.config.id2label or {}
-        sample_set.write_grid(names)
+        sample_set.write_grid(names, args.class_rows)
         made = ["grid.png"]
         if args.format == "npz":
             made.append(sample_set.write_npz().name)
@@ -296,5 +296,7 @@ def add_sample_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--exact", action="store_true", help=words)
     words = "png: the files alone; npz: and samples.npz; dataset: and metadata.csv, with which the folder is a dataset"
     sub.add_argument("--format", choices=["png", "npz", "dataset"], default="png", help=words)
+    words = "in grid.png a row for each class, beside its name; if not given, a column, under its name"
+    sub.add_argument("--class_rows", action="store_true", help=words)
     words = f"moving picture of the first {MOVING_PICTURES} from noise to the result, .webp, .png or .gif; and a strip"
     sub.add_argument("--trajectory", default=None, metavar="FILE", help=words)

@@ -180,13 +180,14 @@ class SampleSet:
 
     # ---- what is made of the pictures, by one process ----
 
-    def write_grid(self, names: Mapping[int, str]) -> None:
+    def write_grid(self, names: Mapping[int, str], class_rows: bool = False) -> None:
         """Write `grid.png` of at most 16 columns and rows: a column for each class, under its name.
 
         Args:
             names: of the classes by label; the labels themselves where there is none.
+            class_rows: a row for each class, beside its name.
         """
-        captions = None
+        words = None
         if self.labels is None:
             chosen: list[int | None] = list(self.seeds[: MAX_COLUMNS * MAX_ROWS])
             columns = None
@@ -195,12 +196,15 @@ class SampleSet:
             for seed, label in zip(self.seeds, self.labels, strict=True):
                 if label in by_label or len(by_label) < MAX_COLUMNS:
                     by_label.setdefault(label, []).append(seed)
-            rows, columns = min(MAX_ROWS, max(map(len, by_label.values()))), len(by_label)
-            chosen = [column[i] if i < len(column) else None for i in range(rows) for column in by_label.values()]
-            captions = [names.get(label, str(label)) for label in by_label]
+            each = range(min(MAX_ROWS, max(map(len, by_label.values()))))
+            of_class = [[seeds[i] if i < len(seeds) else None for i in each] for seeds in by_label.values()]
+            columns = len(each) if class_rows else len(by_label)
+            chosen = [seed for row in (of_class if class_rows else zip(*of_class, strict=True)) for seed in row]
+            words = [names.get(label, str(label)) for label in by_label]
         blank = np.full(self._shape, 255, np.uint8)
         pixels = np.stack([blank if seed is None else self.pixels(seed) for seed in chosen])
-        grid = image_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), columns, captions=captions)
+        captions, row_names = (None, words) if class_rows else (words, None)
+        grid = image_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), columns, captions=captions, row_names=row_names)
         write_atomically(self.folder / "grid.png", lambda partial: grid.save(partial, format="PNG"))
 
     def write_npz(self) -> Path:

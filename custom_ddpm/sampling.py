@@ -17,6 +17,7 @@ from .data.pixels import denormalise
 
 CAPTION_SIZE = 13  # pixels
 CAPTION_HEIGHT = CAPTION_SIZE + 5  # of the line over a grid, with room for descenders
+ROW_NAME_WIDTH = 160  # of the longest name beside a row
 # Tried in this order for names that Pillow's own font lacks, which has hardly more than ASCII.
 FONTS = (
     "DejaVuSans.ttf",
@@ -127,7 +128,11 @@ def sample_images(
 
 
 def image_grid(
-    images: torch.Tensor, columns: int | None = None, min_size: int = 64, captions: Sequence[str] | None = None
+    images: torch.Tensor,
+    columns: int | None = None,
+    min_size: int = 64,
+    captions: Sequence[str] | None = None,
+    row_names: Sequence[str] | None = None,
 ) -> PIL.Image.Image:
     """Arrange images in a grid with gaps; small images are enlarged by an integer factor without interpolation.
 
@@ -137,6 +142,7 @@ def image_grid(
         min_size: images are enlarged to at least this many pixels on the longer side.
         captions: text over each column, such as its class; cut where it is wider than the column, and left out where no
             font has its characters.
+        row_names: text at the left of each row, likewise; cut at `ROW_NAME_WIDTH` pixels.
     """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -145,18 +151,21 @@ def image_grid(
     gap = max(2, height * factor // 16)
     pixels = np.repeat(np.repeat(images.permute(0, 2, 3, 1).numpy(), factor, axis=1), factor, axis=2)
     height, width = height * factor, width * factor
+    names = _fitting_all(row_names or (), ROW_NAME_WIDTH)
     head = CAPTION_HEIGHT if captions else 0
-    sheet = np.full((head + rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    side = gap + math.ceil(max(font.getlength(text) for text, font in names.values())) if names else 0
+    shape = (head + rows * (height + gap) + gap, side + columns * (width + gap) + gap, channels)
+    sheet = np.full(shape, 255, dtype=np.uint8)
     for i, image in enumerate(pixels):
-        top, left = head + gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        top, left = head + gap + i // columns * (height + gap), side + gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     grid = PIL.Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
     draw = ImageDraw.Draw(grid)
-    for i, caption in enumerate(captions or ()):
-        font = font_for(caption)
-        if font is not None:
-            middle = (gap + i * (width + gap) + width / 2, gap + CAPTION_SIZE)
-            draw.text(middle, _fitting(caption, font, width), fill="black", font=font, anchor="ms")
+    for i, (text, font) in _fitting_all(captions or (), width).items():
+        middle = (side + gap + i * (width + gap) + width / 2, gap + CAPTION_SIZE)
+        draw.text(middle, text, fill="black", font=font, anchor="ms")
+    for i, (text, font) in names.items():
+        draw.text((side, head + gap + i * (height + gap) + height / 2), text, fill="black", font=font, anchor="rm")
     return grid
 
 
@@ -178,6 +187,12 @@ def font_for(text: str) -> ImageFont.FreeTypeFont | None:
         if all(c == " " or bytes(font.getmask(c)) != missing for c in text):
             return font
     return None
+
+
+def _fitting_all(texts: Sequence[str], width: int) -> dict[int, tuple[str, ImageFont.FreeTypeFont]]:
+    """Texts by their place, each cut to a width in pixels, with its font; those that no font has are left out."""
+    fonts = {i: font for i, text in enumerate(texts) if (font := font_for(text)) is not None}
+    return {i: (_fitting(texts[i], font, width), font) for i, font in fonts.items()}
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

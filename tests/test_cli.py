@@ -42,6 +42,11 @@ def test_sample_draws_a_picture_for_each_seed(model, tmp_path, capsys):
     for seed, picture in zip((5, 6, 7), expected, strict=True):
         assert np.array_equal(np.asarray(PIL.Image.open(folder / f"seed-{seed}.png")), np.asarray(picture))
     assert f"3 pictures and grid.png in {folder}" in capsys.readouterr().out
+    width, height = PIL.Image.open(folder / "grid.png").size
+    words += ["--guidance_scale", 2, "--num_inference_steps", 10, "--eta", 0.5, "--class_rows"]  # no other pictures
+    main([str(word) for word in words])
+    with PIL.Image.open(folder / "grid.png") as by_row:
+        assert by_row.width > width and by_row.height < height
     assert "holds pictures that were drawn with" in refused("sample", model, "--output_dir", folder)
 
 

@@ -34,6 +34,7 @@ TRANSLATED = {
     "docs/derivation.zh.md": "docs/derivation.md",
     "docs/editing.zh.md": "docs/editing.md",
     "docs/app.zh.md": "docs/app.md",
+    "docs/gallery.zh.md": "docs/gallery.md",
 }
 FENCE = re.compile(r"^(?:<!-- (?P<comment>[^\n]*) -->\n+)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
 RUNNABLE = ("python", "bash")

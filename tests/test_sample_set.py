@@ -150,6 +150,24 @@ def test_npz_and_dataset_hold_the_pictures_and_labels(tmp_path, digits_cache):
     assert ours.num_images == len(SEEDS) and set(ours.data.id2label.values()) == set(names.values())
 
 
+def test_a_grid_has_a_column_or_a_row_for_each_class(tmp_path):
+    found = drawn(tmp_path / "a")
+    names = {0: "猫", 1: "dog", 2: "a, b"}
+    per_class = -(-len(SEEDS) // 3)
+    found.write_grid(names)
+    by_column = np.asarray(PIL.Image.open(tmp_path / "a" / "grid.png"))
+    found.write_grid(names, class_rows=True)
+    by_row = np.asarray(PIL.Image.open(tmp_path / "a" / "grid.png"))
+    cell, factor = 64 + 4, 64 // found.pixels(SEEDS[0]).shape[0]  # a picture of 64 pixels, enlarged, and the gap
+    columns, rows = by_column[-(per_class * cell + 4) :], by_row[:, -(per_class * cell + 4) :]
+    for i, seed in enumerate(SEEDS):
+        picture = np.asarray(PIL.Image.open(tmp_path / "a" / f"seed-{seed}.png"))
+        label, place = i % 3, i // 3
+        for sheet, row, column in ((columns, place, label), (rows, label, place)):
+            top, left = 4 + row * cell, 4 + column * cell
+            np.testing.assert_array_equal(sheet[top : top + 64 : factor, left : left + 64 : factor], picture)
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path

@@ -96,6 +96,25 @@ def test_every_pixel_of_a_grid():
     np.testing.assert_array_equal(np.asarray(grid), expected)
 
 
+def test_names_stand_beside_the_rows_and_move_nothing_else():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 64, 64)
+    plain = np.asarray(image_grid(images, columns=3))
+    named = np.asarray(image_grid(images, columns=3, row_names=["Ankle boot", "a"]))
+    side = named.shape[1] - plain.shape[1]
+    assert 60 < side < 100  # ten characters of 13 pixels
+    np.testing.assert_array_equal(named[:, side:], plain)
+    for row in range(2):
+        middle = 4 + row * 68 + 32
+        ink = np.argwhere(named[middle - 9 : middle + 9, :side] < 128)
+        assert len(ink) and abs(ink[:, 0].mean() - 9) < 4 and ink[:, 1].max() >= side - 3
+        others = named[middle - 34 : middle - 9, :side]
+        assert (others == 255).all()
+    long = image_grid(images, columns=3, row_names=["wide " * 50, ""])
+    assert long.width <= plain.shape[1] + 4 + 160
+    unreadable = image_grid(images, columns=3, row_names=["\U0010fffd", "\U0010fffd"])  # in no font
+    np.testing.assert_array_equal(np.asarray(unreadable), plain)
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_modes_and_channels_of_a_grid(channels, mode):
     image = torch.arange(channels, dtype=torch.uint8).view(1, channels, 1, 1).expand(1, channels, 64, 96)

@@ -143,6 +143,8 @@ def on_click(
         draw, inputs, outputs, concurrency_id="model", concurrency_limit=1, trigger_mode="multiple", **options
     )
     event.failure(fail, outputs=outputs[0], queue=False, **options)
+    # An earlier one that still waits is not known to `REQUESTS`; this takes it out of the queue, before `wait` is done.
+    button.click(None, cancels=[event], queue=False, **options)
     return event
 
 

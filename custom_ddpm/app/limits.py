@@ -16,6 +16,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SEED = 2**53  # a browser counts in float64
 MB = 2**20
 MAX_LAYERS = 16  # of a drawing
+MAX_DRAWINGS = 32  # that an editor keeps until their request comes, of all visitors
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def checked_upload(component: Any, limits: Limits, language: str) -> Any:
 
     component.preprocess = preprocess
     if hasattr(component, "accept_blobs"):
-        component.accept_blobs = _checked_blobs(component.accept_blobs, limits, language)
+        component.accept_blobs = _checked_blobs(component.accept_blobs, stored, limits, language)
     return component
 
 
@@ -163,8 +164,8 @@ def _parts(drawing: Any) -> list[Any]:
     return [part for part in parts if part is not None]
 
 
-def _checked_blobs(accept: Any, limits: Limits, language: str) -> Any:
-    """An editor's `accept_blobs` that keeps no file over the limit, and no more than `MAX_LAYERS`."""
+def _checked_blobs(accept: Any, stored: dict[str, Any], limits: Limits, language: str) -> Any:
+    """An editor's `accept_blobs` that keeps no file over the limit, `MAX_LAYERS` and the newest `MAX_DRAWINGS` only."""
     from starlette.exceptions import HTTPException
 
     def accept_blobs(data: Any) -> Any:
@@ -174,6 +175,8 @@ def _checked_blobs(accept: Any, limits: Limits, language: str) -> Any:
             raise HTTPException(413, say(language, "file_too_large", **values))
         if index and index != "null" and not 0 <= int(index) < MAX_LAYERS:
             raise HTTPException(413, f"layer {int(index)}; at most {MAX_LAYERS}")
+        while data.data["id"] not in stored and len(stored) >= MAX_DRAWINGS:
+            stored.pop(next(iter(stored)), None)
         return accept(data)
 
     accept_blobs._is_server_fn = True  # type: ignore[attr-defined]

@@ -37,7 +37,8 @@ def run_folder(root: Path, name: str | None) -> Path | None:
 
 def stamp(run: Path) -> tuple:
     """What changes when there is something new to show of a run."""
-    files = [run / name for name in (METRICS, BOUNDS_FILE, FINAL_LOSS_FILE)]
+    names = (METRICS, BOUNDS_FILE, FINAL_LOSS_FILE, CONFIG_FILE, "scheduler/scheduler_config.json", "samples.png")
+    files = [run / name for name in names]
     grid = newest_grid(run)
     return (
         str(run),
@@ -52,11 +53,20 @@ def newest_grid(run: Path) -> Path | None:
     return next((each for each in grids if each.is_file() and each.resolve().is_relative_to(run.resolve())), None)
 
 
+def run_html(run: Path, language: str, now: tuple) -> str:
+    """Progress, losses by noise level, newest grid and diagnosis of a run; `now` is its stamp."""
+    try:
+        diagnosis = _diagnosis(run, language, now)
+    except (ValueError, OSError, TypeError, LookupError, ArithmeticError) as error:  # files that are still written
+        diagnosis = f"<p>{html.escape(say(language, 'no_diagnosis', reason=one_line(error)))}</p>"
+    return f"{_what_was_written(run, language, now)}<h2>{say(language, 'diagnosis')}</h2>{diagnosis}"
+
+
 @functools.lru_cache(maxsize=16)
-def run_html(run: Path, language: str, _: tuple) -> str:
-    """Progress, losses by noise level, newest grid and diagnosis of a run; `_` is its stamp."""
+def _what_was_written(run: Path, language: str, _: tuple) -> str:
+    """All but the diagnosis."""
     lines = read_metrics(run)
-    parts = [f'<p role="status">{html.escape(_progress(run, lines, language))}</p>']
+    progress = f'<p role="status">{html.escape(_progress(run, lines, language))}</p>'
     figures = []
     losses = _losses(run, lines)
     if losses is not None:
@@ -65,8 +75,7 @@ def run_html(run: Path, language: str, _: tuple) -> str:
     if grid is not None:
         with contextlib.suppress(ValueError):  # it is being written
             figures.append(picture_html(open_upload(grid, Limits(), language), say(language, "newest_grid")))
-    parts.append(f'<div class="view run">{"".join(figures)}</div><h2>{say(language, "diagnosis")}</h2>')
-    return "".join([*parts, _diagnosis(run, language)])
+    return f'{progress}<div class="view run">{"".join(figures)}</div>'
 
 
 def _progress(run: Path, lines: list[dict], language: str) -> str:
@@ -92,11 +101,9 @@ def _losses(run: Path, lines: list[dict]) -> PIL.Image.Image | None:
     return PIL.Image.open(file) if file.getvalue() else None
 
 
-def _diagnosis(run: Path, language: str) -> str:
-    try:
-        findings = diagnose(run)
-    except (ValueError, OSError, TypeError, LookupError, ArithmeticError) as error:  # files that are still written
-        return f"<p>{html.escape(say(language, 'no_diagnosis', reason=one_line(error)))}</p>"
+@functools.lru_cache(maxsize=16)  # which keeps no errors
+def _diagnosis(run: Path, language: str, _: tuple) -> str:
+    findings = diagnose(run)
     if not findings:
         return f"<p>{say(language, 'nothing_found')}</p>"
     items = []

@@ -16,13 +16,14 @@ SECONDS = 3.0  # between two looks at a run
 def watched(root: Path, language: str, trainer: Trainer, name: str | None, seen: Any) -> tuple[Any, Any, Any]:
     """What the tab shows of a run: the state of the training, the run, its stamp; nothing new is not sent again."""
     run = run_folder(root, name)
-    now = (training_state(language, trainer), run and stamp(run))
+    written = None if run is None else stamp(run)
+    now = (training_state(language, trainer), written)
     if now == seen:
         return gr.skip(), gr.skip(), gr.skip()
-    if run is None:
+    if run is None or written is None:
         text = "" if find_runs(root) else say(language, "no_runs")
         return now[0], text, now
-    return now[0], run_html(run, language, now[1]), now
+    return now[0], run_html(run, language, written), now
 
 
 def training_state(language: str, trainer: Trainer) -> str:

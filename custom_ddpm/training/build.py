@@ -34,6 +34,7 @@ from .preview import Preview
 from .scores import Scores, build_scores
 from .sharding import local_part
 from .state import TrainingState, find_problem
+from .terminal import show_grid
 
 logger = get_logger(__name__)
 
@@ -45,7 +46,7 @@ FIXED_SETTINGS = (
 ).split()
 # What runs had before there were these settings; their checkpoints do not hold them.
 FORMER_SETTINGS = {"patch_size": 1, "resnet_time_scale_shift": "default", "optimizer": "adamw"}
-UNCOMPARED_SETTINGS = ("output_dir", "resume_from_checkpoint")  # may differ at every start
+UNCOMPARED_SETTINGS = ("output_dir", "resume_from_checkpoint", "preview")  # may differ at every start
 
 DECAY = 0.4  # share of the run in which warmup_stable_decay falls linearly to zero
 
@@ -380,4 +381,5 @@ def _build_preview(
             "command": command_line(),
         },
         push=push,
+        show=show_grid if config.preview == "terminal" else None,
     )

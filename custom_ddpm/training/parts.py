@@ -29,6 +29,7 @@ from .launch import get_logger, set_cpu_threads
 from .loop import Loss
 from .muon import Muon
 from .sharding import check_strategy
+from .terminal import check_terminal
 
 logger = get_logger(__name__)
 
@@ -42,6 +43,8 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         ValueError: accelerate is configured for something that is not supported.
     """
     _check_trackers(config.report_to)
+    if config.preview == "terminal" and int(os.environ.get("RANK", 0)) == 0:  # that of the first process
+        check_terminal()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -1,6 +1,6 @@
 """Sample grids, the validation loss, and the pipeline that is saved with the averaged weights during training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Preview:
         validation_data: held-out pictures, if any.
         facts: what the model card says about the run; see `hub.write_model_card`.
         push: pushes the folder to the Hub, if asked for.
+        show: gets each grid and its step on the main process, if given.
     """
 
     accelerator: Accelerator
@@ -95,6 +96,7 @@ class Preview:
     validation_data: ImageData | None
     facts: Mapping[str, Any]
     push: BackgroundPush | None
+    show: Callable[[PIL.Image.Image, int], None] | None = None
     _pipeline: CustomDDPMPipeline = field(init=False)
 
     def __post_init__(self) -> None:
@@ -171,6 +173,8 @@ class Preview:
         partial = file.with_name(f".{file.name}.tmp")
         grid.save(partial, format="PNG")
         partial.replace(file)
+        if self.show is not None:
+            self.show(grid, step)
 
     def _write_pipeline(self, unet: CustomUNet2DModel | None, step: int) -> None:
         CustomDDPMPipeline(unet, self.scheduler, id2label=self.id2label).save_pretrained(self.output_dir)

@@ -46,6 +46,7 @@ def address(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["app", "model", "--port", str(port), "--runs", "runs", "--max_upload_mb", "1", "--max_seconds", "600"]
+    words += ["--max_steps", "1000"]
     command = [sys.executable, "-m", "custom_ddpm.cli", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as process:
@@ -175,6 +176,30 @@ def test_cancel_ends_a_request_and_the_next_one_runs(visit):
     set_steps(page, 3)
     page.get_by_role("button", name="Draw").click()
     expect(page.get_by_text(FINISHED["en"])).to_be_visible()
+
+
+# The lines under the views, as they come.
+WATCH_LINES = """() => {
+  window.lines = [];
+  const note = () => window.lines.push(...[...document.querySelectorAll(".view + p")].map(line => line.innerText));
+  new MutationObserver(note).observe(document.body, {childList: true, subtree: true, characterData: true});
+}"""
+
+
+def test_a_second_request_takes_the_first_out_of_the_queue(visit):
+    page, other = visit(), visit()
+    page.evaluate(WATCH_LINES)
+    set_steps(other, 1000)
+    other.get_by_role("button", name="Draw").click()
+    expect(other.locator(".view img").first).to_be_visible()
+    for steps in (222, 3):
+        set_steps(page, steps)
+        page.get_by_role("button", name="Draw").click()
+        expect(page.get_by_text("Waiting for its turn")).to_be_visible()
+    other.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_text(FINISHED["en"])).to_be_visible()
+    lines = page.evaluate("window.lines")
+    assert any("Waiting" in line for line in lines) and not any("of 222" in line for line in lines)
 
 
 def test_two_visitors_at_once_get_their_own_pictures(visit):

@@ -19,7 +19,7 @@ from conftest import make_pipeline
 
 from custom_ddpm import CustomDDPMPipeline
 from custom_ddpm.app import command
-from custom_ddpm.app.limits import MB, Limits, check_request, checked_upload, open_upload, refusal
+from custom_ddpm.app.limits import MAX_DRAWINGS, MB, Limits, check_request, checked_upload, open_upload, refusal
 from custom_ddpm.app.texts import LANGUAGES, TEXTS, say
 from custom_ddpm.cli import main
 
@@ -269,12 +269,12 @@ def test_components_check_uploads_before_they_decode_them(make, tmp_path):
     assert component.preprocess(None) is None
 
 
-def sent(component, data, index=None):
+def sent(component, data, index=None, number="1"):
     """Hand a file to an editor as the browser does, and return what the event submits."""
     kind = "background" if index is None else "layer"
-    blob = {"data": {"type": kind, "index": index, "file": b"", "id": "1"}, "files": [("file", data)]}
+    blob = {"data": {"type": kind, "index": index, "file": b"", "id": number}, "files": [("file", data)]}
     component.accept_blobs(SimpleNamespace(**blob))
-    return component.data_model(id="1")
+    return component.data_model(id=number)
 
 
 def eps():
@@ -307,6 +307,14 @@ def test_an_editor_keeps_no_large_files():
         with pytest.raises(HTTPException, match="at most"):
             sent(editor, data, index)
     assert not editor.blob_storage and editor.accept_blobs._is_server_fn
+
+
+def test_an_editor_keeps_the_newest_drawings_only():
+    editor = checked_upload(gr.ImageEditor(type="pil"), LIMITS, "en")
+    payloads = [sent(editor, png(8, 8), None, str(i)) for i in range(2 * MAX_DRAWINGS)]
+    assert list(editor.blob_storage) == [payload.id for payload in payloads[MAX_DRAWINGS:]]
+    assert editor.preprocess(payloads[-1])["background"].size == (8, 8)
+    assert editor.preprocess(payloads[0])["background"] is None
 
 
 # ---- Generate ----

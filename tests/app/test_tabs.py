@@ -13,7 +13,7 @@ from conftest import make_pipeline
 gr = pytest.importorskip("gradio")
 from custom_ddpm.pipelines import CustomDDPMInterpolationPipeline  # noqa: E402
 
-from custom_ddpm.app import edit, trainer  # noqa: E402
+from custom_ddpm.app import edit, runs, trainer  # noqa: E402
 from custom_ddpm.app.limits import Limits  # noqa: E402
 from custom_ddpm.app.runs import find_runs, run_folder, run_html, stamp  # noqa: E402
 from custom_ddpm.app.train_tab import watched  # noqa: E402
@@ -148,6 +148,30 @@ def test_a_run_is_sent_again_only_when_it_has_changed(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 30, "loss": 0.1, "loss_by_timestep": [0.1] * 10}) + "\n")
     assert "Step 30" in watched(tmp_path, "en", of_page, "run", seen)[1]
+
+
+def test_a_diagnosis_that_failed_is_tried_again(tmp_path):
+    run = make_run(tmp_path / "run")
+    of_page, config = trainer.Trainer(tmp_path), (run / "training_config.yaml").read_text()
+    (run / "training_config.yaml").write_text(config[: len(config) // 2] + "\nbroken")  # while it is being written
+    _, first, seen = watched(tmp_path, "en", of_page, "run", None)
+    assert "no configuration" in first
+    (run / "training_config.yaml").write_text(config)
+    assert "no configuration" not in watched(tmp_path, "en", of_page, "run", seen)[1]
+
+
+def test_a_diagnosis_that_failed_is_not_kept(tmp_path, monkeypatch):
+    run, calls = make_run(tmp_path / "run"), []
+
+    def diagnose(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError("the disk is away")
+        return []
+
+    monkeypatch.setattr(runs, "diagnose", diagnose)
+    pages = [run_html(run, "en", stamp(run)) for _ in range(3)]
+    assert ["the disk is away" in page for page in pages] == [True, False, False] and len(calls) == 2
 
 
 @pytest.fixture

@@ -48,6 +48,15 @@ def test_both_ways_are_the_exact_flow_and_converge_at_their_order(image, predict
         assert errors[2, 111][way] > 5 * errors[2, 333][way]
 
 
+@pytest.mark.parametrize(("order", "least"), [(1, 30), (2, 40)])
+def test_a_picture_comes_back_from_its_noise_after_100_steps(image, order, least):
+    pipeline = exact()
+    noise = pipeline.invert(image, num_inference_steps=100, order=order)
+    back = pipeline.restore(noise, num_inference_steps=100, order=order, output_type="latent").images
+    error = ((back + 1) / 2 - image).pow(2).flatten(1).mean(1)
+    assert float((-10 * error.log10()).min()) >= least
+
+
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
 def test_the_scheduler_gives_noise_levels_only(image, scheduler_class):
     expected = exact().invert(image, num_inference_steps=20)
