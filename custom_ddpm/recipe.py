@@ -136,7 +136,7 @@ DEFAULT: Mapping[str, Any] = {
     "optimizer": lambda facts, config: "muon" if facts.device == "cpu" and not facts.sharded else "adamw",
     "learning_rate": lambda facts, config: 2e-3 if facts.device == "cpu" else 5e-4,
     "adam_beta1": 0.9,
-    "lr_scheduler": "cosine",
+    "lr_scheduler": "warmup_stable_decay",
     "adam_weight_decay": 1e-6,
     "ema_inv_gamma": 1.0,
     "ema_power": 0.75,
