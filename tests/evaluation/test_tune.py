@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.axes
 import pytest
 import torch
 from runs import run
@@ -112,7 +113,42 @@ def test_an_interrupted_command_goes_on(model, monkeypatch, capsys):
     assert len(calls) - 3 == 16
 
 
-def test_the_report_compares_what_was_tuned_with_the_plain_samplers(model):
+def test_the_report_shows_what_was_tuned(model):
+    """Every candidate is a point of the figure, and the best are in the tables, in both languages."""
+    from custom_ddpm.evaluation import report_page
+    from custom_ddpm.evaluation.report import Report, ReportSettings
+
+    settings = ReportSettings(features=("runs:small_features",), num_images=60)
+    assert report_page._candidates(Report(model, settings)) is None
+    main(["tune", str(model), "--steps", "3", "14", *WORDS])
+    stored = json.loads((model / "tuned.json").read_text())
+    (model / "report").mkdir()
+    drawn = {}
+    plot = matplotlib.axes.Axes.plot
+
+    def seen(self, x, y, *args, **kwargs):
+        drawn.update({(n, value): None for n, value in zip(x, y, strict=True)} if len(x) else {})
+        return plot(self, x, y, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.axes.Axes, "plot", seen)
+        page = report_page._candidates(Report(model, settings))
+    assert set(drawn) == {(int(entry.split()[0]), value) for entry, value in stored["distances"].items()}
+    assert page["uri"] == report_page.data_uri(model / "report" / "candidates.png")
+    assert page["metric"] == "FD (runs:small_features)" and page["count"] == "60"
+    assert [row["steps"] for row in page["rows"]] == ["3", "14"]
+    _, order, eta, spacing = stored["tuned"][0].split()
+    corrected = ", corrected" if order == "2c" else ""
+    assert page["rows"][0]["en"] == f"order {order[0]}{corrected}, η = {eta}, {spacing} timesteps"
+
+    written = report_page.write_report(Report(model, settings), "zh")
+    assert page["uri"] in written[0].read_text() and page["rows"][0]["en"] in written[0].read_text()
+    assert f"| 3 | {page['rows'][0]['zh']} | {page['rows'][0]['value']} |" in written[1].read_text()
+    (model / "tuned.json").write_text(json.dumps({**stored, "tuned": ["3 1 0 leading"]}))  # of another model
+    assert report_page._candidates(Report(model, settings)) is None
+
+
+def test_the_report_compares_what_was_tuned_with_the_plain_samplers(model, monkeypatch):
     from custom_ddpm.evaluation.report import SAMPLERS, TUNED, Report, ReportSettings
 
     settings = ReportSettings(features=["runs:small_features"], num_images=60)
@@ -128,6 +164,10 @@ def test_the_report_compares_what_was_tuned_with_the_plain_samplers(model):
     tuned.save_pretrained(model / "scheduler")
     report = Report(model, settings)
     assert report.samplers == [*SAMPLERS, TUNED]
+    monkeypatch.setattr(Report, "_point", lambda self, name, n, *rest: (1.0, 0.1, ""))
+    points = [(point["sampler"], point["steps"]) for point in report.by_steps()["points"]]
+    assert points == [*((name, n) for name in SAMPLERS for n in (5, 10, 20)), (TUNED, 5), (TUNED, 10)]
+    monkeypatch.undo()
     assert [report._point(name, 5, 60, reference[1])[:2] for name in SAMPLERS] == expected
     pipeline.scheduler = tuned
     pictures = ModelPictures(pipeline, "", 60, settings.seed, {"num_inference_steps": 5})
@@ -140,6 +180,10 @@ def test_what_cannot_be_tuned(model):
     for words, message in (
         (["--steps", "0"], "--steps is \\[0\\]; it must have numbers from 1 to 19"),
         (["--steps", "30"], "it must have numbers from 1 to 19"),
+        (
+            ["--num_images", "8"],
+            "--num_images is 8; the Fréchet distance in 8 features needs more than 8 pictures",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
-            main(["tune", str(model), *words, *WORDS])
+            main(["tune", str(model), *WORDS, *words])
