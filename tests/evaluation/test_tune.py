@@ -181,8 +181,8 @@ def test_what_cannot_be_tuned(model):
         (["--steps", "0"], "--steps is \\[0\\]; it must have numbers from 1 to 19"),
         (["--steps", "30"], "it must have numbers from 1 to 19"),
         (
-            ["--num_images", "8"],
-            "--num_images is 8; the Fréchet distance in 8 features needs more than 8 pictures",
+            ["--features", "runs:all_pixels"],
+            "--num_images is 60; the Fréchet distance in 64 features needs more than 64",
         ),
     ):
         with pytest.raises(SystemExit, match=message):
