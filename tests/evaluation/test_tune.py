@@ -1,6 +1,8 @@
 """custom_ddpm/evaluation/tune.py: every candidate is measured, the best is saved and taken."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import matplotlib.axes
 import pytest
@@ -51,6 +53,23 @@ def test_the_best_of_all_candidates_is_saved_and_taken(model, monkeypatch, capsy
     errors = torch.tensor(scheduler.config.prediction_errors)
     assert len(errors) == 20 and (errors > 0).all()
     assert scheduler.tuned_for(3).startswith("steps of order 2, eta 0, optimal")
+
+
+def test_the_time_left_is_that_of_the_network_evaluations_left(model, monkeypatch, capsys):
+    """A clock by which a network evaluation takes a second: 16 candidates of 5 steps, then 4 of 15."""
+    clock = [1000.0]
+
+    def one_second_each(pipeline, reference, entry, guidance_scale):
+        clock[0] += int(entry.split()[0])
+        return 1.0
+
+    monkeypatch.setattr(tune, "_distance", one_second_each)
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    main(["tune", str(model), "--steps", "5", "15", *WORDS])
+    told = re.findall(r"(\d+) of 20(?:, about (.*) left)?\n", capsys.readouterr().out)
+    left = [135 - 5 * i for i in range(16)] + [45, 30, 15]
+    words = [f"{round(seconds / 60)} minutes" if seconds >= 90 else f"{seconds} seconds" for seconds in left]
+    assert told == [*((str(i + 1), each) for i, each in enumerate(words)), ("20", "")]
 
 
 def test_the_distance_is_that_of_the_setting(model, capsys):
