@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 BINS = 24  # of log t
 
@@ -111,13 +111,18 @@ def draw_candidates(distances: Mapping[str, float], tuned: Sequence[str], metric
         axes.plot(*zip(*sorted(points), strict=True), linewidth=1, **shown)
     best = [(int(entry.split()[0]), distances[entry]) for entry in tuned]
     axes.plot(*zip(*best, strict=True), "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
-    handles = [Line2D([], [], color=colours[order], label=f"order {order}") for order in orders]
+    handles = [
+        Line2D([], [], color=colours[order], label=f"order {order.replace('c', ', corrected')}") for order in orders
+    ]
     handles += [Line2D([], [], color="gray", linestyle=styles[eta], label=f"η = {eta}") for eta in etas]
     handles += [Line2D([], [], color="gray", ls="", marker=markers[name], label=name) for name in spacings]
     handles += [Line2D([], [], color="black", ls="", marker="o", ms=9, mfc="none", label="the best, saved")]
     axes.legend(handles=handles, ncols=2, fontsize="small")
     all_steps = sorted({n for points in lines.values() for n, _ in points})
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations for each picture", ylabel=metric)
+    axes.set(xscale="log", xlabel="network evaluations for each picture", ylabel=metric)
+    if 0 < 5 * min(distances.values()) < max(distances.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     axes.set_xticks(all_steps, [str(n) for n in all_steps])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", alpha=0.25)
