@@ -1,5 +1,6 @@
 """custom_ddpm/evaluation/tune.py: every candidate is measured, the best is saved and taken."""
 
+import itertools
 import json
 import re
 from types import SimpleNamespace
@@ -40,7 +41,8 @@ def test_the_best_of_all_candidates_is_saved_and_taken(model, monkeypatch, capsy
     assert "first the error of the model on 16 training pictures" in output
     assert "15 of 20, about " in output and "20 of 20\n" in output
     first = [entry for entry in measured if entry.startswith("3 ")]
-    assert len(first) == len(set(first)) == 16
+    combinations = itertools.product(["1", "2", "2c", "3"], "01", ["optimal", "trailing"])
+    assert sorted(first) == sorted(" ".join(["3", *each]) for each in combinations)
     assert next(entry for entry in measured if entry.startswith("14 ")) == "14 2 0 optimal"
     assert len(measured) == 16 + tune.FINALISTS  # of many steps only the best of before
     assert "FD (runs:small_features), 60 pictures against 1,797 training pictures" in output
@@ -48,6 +50,7 @@ def test_the_best_of_all_candidates_is_saved_and_taken(model, monkeypatch, capsy
 
     scheduler = CustomDDPMPipeline.from_pretrained(model).scheduler
     stored = json.loads((model / "tuned.json").read_text())
+    assert stored["guidance_scale"] == 1.0
     assert stored["tuned"] == scheduler.config.tuned and len(stored["distances"]) == len(measured)
     assert scheduler.config.tuned[0] == "3 2 0 optimal" and len(scheduler.config.tuned) == 2
     errors = torch.tensor(scheduler.config.prediction_errors)
@@ -56,7 +59,7 @@ def test_the_best_of_all_candidates_is_saved_and_taken(model, monkeypatch, capsy
 
 
 def test_the_time_left_is_that_of_the_network_evaluations_left(model, monkeypatch, capsys):
-    """A clock by which a network evaluation takes a second: 16 candidates of 5 steps, then 4 of 15."""
+    """A clock by which a network evaluation takes a second: 16 candidates of 1 step and of 5, then 4 of 15."""
     clock = [1000.0]
 
     def one_second_each(pipeline, reference, entry, guidance_scale):
@@ -65,11 +68,16 @@ def test_the_time_left_is_that_of_the_network_evaluations_left(model, monkeypatc
 
     monkeypatch.setattr(tune, "_distance", one_second_each)
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    main(["tune", str(model), "--steps", "5", "15", *WORDS])
-    told = re.findall(r"(\d+) of 20(?:, about (.*) left)?\n", capsys.readouterr().out)
-    left = [135 - 5 * i for i in range(16)] + [45, 30, 15]
+    main(["tune", str(model), "--steps", "1", "5", "15", *WORDS])
+    told = re.findall(r"(\d+) of 36(?:, about (.*) left)?\n", capsys.readouterr().out)
+    left = [155 - i for i in range(16)] + [135 - 5 * i for i in range(16)] + [45, 30, 15]
     words = [f"{round(seconds / 60)} minutes" if seconds >= 90 else f"{seconds} seconds" for seconds in left]
-    assert told == [*((str(i + 1), each) for i, each in enumerate(words)), ("20", "")]
+    assert told == [*((str(i + 1), each) for i, each in enumerate(words)), ("36", "")]
+
+
+def test_from_twelve_steps_on_only_the_best_are_measured():
+    assert tune.num_candidates([3, 11, 12]) == {3: 16, 11: 16, 12: 4}
+    assert tune.num_candidates([12, 50]) == {12: 16, 50: 4}  # of the first number there is no best yet
 
 
 def test_the_distance_is_that_of_the_setting(model, capsys):
@@ -198,7 +206,7 @@ def test_the_report_compares_what_was_tuned_with_the_plain_samplers(model, monke
 def test_what_cannot_be_tuned(model):
     for words, message in (
         (["--steps", "0"], "--steps is \\[0\\]; it must have numbers from 1 to 19"),
-        (["--steps", "30"], "it must have numbers from 1 to 19"),
+        (["--steps", "20", "30"], "it must have numbers from 1 to 19"),
         (
             ["--features", "runs:all_pixels"],
             "--num_images is 60; the Fréchet distance in 64 features needs more than 64",
