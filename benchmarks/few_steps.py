@@ -97,6 +97,8 @@ def measure(args: argparse.Namespace) -> None:
         for name, (scheduler, options) in samplers(own).items():
             if (name, n, args.num_images) in done or (args.samplers and name not in args.samplers):
                 continue
+            if name == TUNED and n < len(own) and own.tuned_for(n) is None:
+                continue
             pipeline.scheduler = scheduler
             call = {"num_inference_steps": n, **options}
             start = time.process_time()
@@ -171,8 +173,9 @@ def table(rows: dict[tuple[str, int], Row]) -> list[str]:
     """The distances with CPU milliseconds per picture, one line for each sampler."""
     names, steps = list(dict.fromkeys(name for name, _ in rows)), sorted({n for _, n in rows})
     most = max(row["num_images"] for row in rows.values())
-    full = {key: row["distance"] for key, row in rows.items() if row["num_images"] == most}
-    least = {n: min((value for (_, m), value in full.items() if m == n), default=0.0) for n in steps}
+    columns = {n: [row for (_, m), row in rows.items() if m == n] for n in steps}
+    alike = {n: len(column) > 1 and len({row["num_images"] for row in column}) == 1 for n, column in columns.items()}
+    least = {n: min(row["distance"] for row in column) if alike[n] else 0.0 for n, column in columns.items()}
     lines = ["| network evaluations | " + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps)]
     for name in sorted(names, key=ORDER.index):
         cells = []
