@@ -208,8 +208,8 @@ def test_what_cannot_be_tuned(model):
         (["--steps", "0"], "--steps is \\[0\\]; it must have numbers from 1 to 19"),
         (["--steps", "20", "30"], "it must have numbers from 1 to 19"),
         (
-            ["--features", "runs:all_pixels"],
-            "--num_images is 60; the Fréchet distance in 64 features needs more than 64",
+            ["--features", "runs:all_pixels", "--num_images", "64"],
+            "--num_images is 64; the Fréchet distance in 64 features needs more than 64",
         ),
     ):
         with pytest.raises(SystemExit, match=message):
