@@ -203,6 +203,7 @@ def figure(rows: dict[tuple[str, int], Row], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter, NullFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     steps = sorted({n for _, n in rows})
@@ -212,7 +213,9 @@ def figure(rows: dict[tuple[str, int], Row], file: Path) -> None:
         axes.plot(*zip(*mine, strict=True), style, marker=".", label=name, lw=2.5 if name == TUNED else 1.2)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
     axes.set_xticks(steps, [str(n) for n in steps])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(file, dpi=110)
