@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from fractions import Fraction
 from types import SimpleNamespace
 
 import mpmath
@@ -399,6 +400,20 @@ def test_interpolation_is_exact_for_a_power_law():
     data = [(torch.zeros(2, 1, 2, 2, dtype=torch.float64), None), (torch.zeros(1, 1, 2, 2, dtype=torch.float64), None)]
     variances = estimate_original_sample_variances(model, scheduler, data, num_timesteps=11)
     np.testing.assert_allclose(variances, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "num_timesteps"), [(1000, 100), (1000, 3), (7, 100)])
+def test_the_measured_timesteps_are_evenly_spaced(T, num_timesteps):
+    scheduler, seen = make(T, prediction_type="sample"), []
+
+    def model(sample, timesteps, class_labels):
+        seen.append(timesteps.tolist())
+        return SimpleNamespace(sample=sample)
+
+    data = [(torch.zeros(2, 1, 2, 2), None)]
+    estimate_original_sample_variances(model, scheduler, data, num_timesteps=num_timesteps)
+    n = min(num_timesteps, T)
+    assert seen == [[round(Fraction(i * (T - 1), n - 1))] * 2 for i in range(n)]
 
 
 def test_no_batches_raise():

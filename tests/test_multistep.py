@@ -223,6 +223,16 @@ def test_the_history_ends_where_the_schedule_jumps(order):
     assert torch.equal(steps(620)[0], first_order(620, predictions[0], x))
 
 
+@pytest.mark.parametrize("kwargs", [{"order": 2}, {"order": 3}, {"order": 2, "corrector": True}])
+def test_a_second_run_is_the_first(kwargs):
+    """Also without `set_timesteps`, and whatever the last timestep is."""
+    for last in (2, 1, 0):
+        predictions, (x,) = random(4), random(1, seed=1)
+        scheduler = make(timesteps=[999, 800, 620, last], **kwargs)
+        first = run(scheduler, predictions, x, eta=0.0)
+        assert all(map(torch.equal, run(scheduler, predictions, x, eta=0.0), first))
+
+
 def test_third_order_begins_with_the_second_wherever_it_starts():
     predictions, (x,) = random(3), random(1, seed=1)
     second, third = make(2), make(3)

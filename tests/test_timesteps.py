@@ -42,6 +42,19 @@ def test_no_other_timesteps_cost_less(schedule, n):
     assert cost(errors, a, ours) == pytest.approx(min(cost(errors, a, each) for each in every), rel=1e-12)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_the_choice_changes_where_two_costs_are_equal(schedule):
+    """Two steps from t = 2, by 1 or by 0: the costs are linear in E_1, and equal at one E_1 in closed form."""
+    log = log_alphas_cumprod(make_betas(schedule, 3, 0.1, 0.3))
+    a = log.exp().numpy()
+    share_0, share_1 = ((1 - np.sqrt(a[2] / a[s] * (1 - a[s]) / (1 - a[2]))) ** 2 for s in (0, 1))
+    first, last = 0.2, 1.0  # E_0, E_2
+    equal = (share_0 * (last - first) + first - share_1 * last) / (1 - share_1)
+    assert first < equal < last
+    for factor, chosen in ((1 - 1e-8, 1), (1 + 1e-8, 0)):
+        assert optimal_timesteps(log, [first, equal * factor, last], 2).tolist() == [2, chosen]
+
+
 def test_an_error_that_grows_towards_the_picture_is_a_measurement_error():
     log = log_alphas_cumprod(make_betas("linear", 50))
     errors = np.linspace(0.1, 0.5, 50)

@@ -307,7 +307,8 @@ class Report:
     def by_steps(self) -> dict[str, Any]:
         """The Fréchet distance at several numbers of network evaluations, for each of `samplers`.
 
-        Points that cannot be had (too few pictures for the features, a sampler that fails) have no value.
+        Points that cannot be had (too few pictures for the features, a sampler that fails) have no value. `TUNED` has
+        no points where nothing was tuned.
         """
         given, features = self.settings, self.extractors[0]
         count = min(given.num_images, MAX_BY_STEPS)
@@ -321,7 +322,9 @@ class Report:
             saved = read_json(points_file) or {}
             points = saved.get("points", []) if saved.get("key") == points_key else []
             done = {(point["sampler"], point["steps"]) for point in points}
-            left = [(name, n) for name in self.samplers for n in steps if (name, n) not in done]
+            tuned_for = self.pipeline.scheduler.tuned_for
+            every = [(name, n) for name in self.samplers for n in steps if name != TUNED or tuned_for(n) is not None]
+            left = [point for point in every if point not in done]
             for name, n in tqdm(left, desc="Samplers", unit="point", leave=False):
                 value, error, note = self._point(name, n, count, reference)
                 points.append({"sampler": name, "steps": n, "value": value, "error": error, "note": note})

@@ -1,13 +1,14 @@
-"""Figures of the report: bits per dimension by timestep, and quality against the number of network evaluations."""
+"""Figures of the report: bits per dimension by timestep, quality against network evaluations, what was tuned."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
-from matplotlib.ticker import NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 BINS = 24  # of log t
 
@@ -78,4 +79,51 @@ def draw_by_steps(result: Mapping[str, Any], file: Path) -> None:
     axes.set_title(f"Quality against number of steps ({result['num_images']:,} pictures for each point)")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def draw_candidates(distances: Mapping[str, float], tuned: Sequence[str], metric: str, file: Path) -> None:
+    """Plot the Fréchet distance of each candidate of `custom-ddpm tune` against the number of network evaluations.
+
+    Args:
+        distances: entry, as "10 2c 0 optimal", -> distance.
+        tuned: the entries that were the best.
+        metric: name of the distance.
+        file: the picture.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+    for entry, distance in distances.items():
+        steps, *how = entry.split()
+        lines.setdefault(tuple(how), []).append((int(steps), distance))
+    orders, etas, spacings = (sorted({how[i] for how in lines}) for i in range(3))
+    colours = {order: f"C{i}" for i, order in enumerate(orders)}
+    styles: dict[str, Any] = dict(zip(etas, itertools.cycle(["--", "-", ":"]), strict=False))
+    markers = dict(zip(spacings, itertools.cycle("o^s"), strict=False))
+    for (order, eta, spacing), points in sorted(lines.items()):
+        shown: dict[str, Any] = {
+            "color": colours[order],
+            "linestyle": styles[eta],
+            "marker": markers[spacing],
+            "markersize": 4,
+        }
+        axes.plot(*zip(*sorted(points), strict=True), linewidth=1, **shown)
+    best = [(int(entry.split()[0]), distances[entry]) for entry in tuned]
+    axes.plot(*zip(*best, strict=True), "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
+    handles = [
+        Line2D([], [], color=colours[order], label=f"order {order.replace('c', ', corrected')}") for order in orders
+    ]
+    handles += [Line2D([], [], color="gray", linestyle=styles[eta], label=f"η = {eta}") for eta in etas]
+    handles += [Line2D([], [], color="gray", ls="", marker=markers[name], label=name) for name in spacings]
+    handles += [Line2D([], [], color="black", ls="", marker="o", ms=9, mfc="none", label="the best, saved")]
+    axes.legend(handles=handles, ncols=2, fontsize="small")
+    all_steps = sorted({n for points in lines.values() for n, _ in points})
+    axes.set(xscale="log", xlabel="network evaluations for each picture", ylabel=metric)
+    if 0 < 5 * min(distances.values()) < max(distances.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    axes.set_xticks(all_steps, [str(n) for n in all_steps])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, which="both", alpha=0.25)
     figure.savefig(file, dpi=110)

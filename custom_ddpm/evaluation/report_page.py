@@ -23,10 +23,11 @@ from ..messages import in_markdown, one_line, shown
 from ..sampling import clipping
 from ..training.ending import add_bounds
 from .diagnosis import diagnose
-from .records import BOUNDS_FILE, CONFIG_FILE, read_metrics
+from .records import BOUNDS_FILE, CONFIG_FILE, read_json, read_metrics
 from .report import DISTANCES_FILE, NEIGHBOURS_FILE, Report
-from .report_figures import draw_bits_by_timestep, draw_by_steps
+from .report_figures import draw_bits_by_timestep, draw_by_steps, draw_candidates
 from .report_words import FINDINGS, KINDS, METRICS, NOTES, REASONS, translated
+from .tune import FILE as TUNED_FILE
 
 PAGE_FILE, CARD_FILE = "report.html", "report.md"
 MAX_CLASSES = 100  # that are listed
@@ -95,6 +96,7 @@ def describe(report: Report) -> dict[str, Any]:
         "memorization": _memorization(report.memorization(), report),
         "bits": _bits(report.bits_per_dim(), report),
         "by_steps": _by_steps(report.by_steps(), report),
+        "candidates": _candidates(report),
     }
     return page | {"tiles": _tiles(page)}
 
@@ -280,7 +282,8 @@ def _by_steps(part: Mapping[str, Any], report: Report) -> dict[str, Any]:
     steps = sorted({n for _, n in points})
     rows = []
     for name in dict.fromkeys(name for name, _ in points):
-        cells = [_with_error(points[name, n]["value"], points[name, n]["error"]) for n in steps]
+        found = [points.get((name, n), {"value": None, "error": None}) for n in steps]
+        cells = [_with_error(point["value"], point["error"]) for point in found]
         rows.append({"name": name, "cells": cells})
     notes = {f"{point['sampler']}: {shown(point['note'], 300)}": None for point in part["points"] if point["note"]}
     figure = report.folder / "by_steps.png"
@@ -296,6 +299,33 @@ def _by_steps(part: Mapping[str, Any], report: Report) -> dict[str, Any]:
         "rows": rows,
         "notes": list(notes),
         "count": f"{part['num_images']:,}",
+    }
+
+
+def _candidates(report: Report) -> dict[str, Any] | None:
+    """What `custom-ddpm tune` measured; None for a model that was not tuned, or by other measurements."""
+    tuned = report.pipeline.scheduler.config.get("tuned")
+    stored = read_json(report.run / TUNED_FILE) or {}
+    if not tuned or stored.get("tuned") != tuned or "metric" not in stored:
+        return None
+    figure = report.folder / "candidates.png"
+    metric, distances = shown(stored["metric"]), stored["distances"]
+    draw_candidates(distances, tuned, metric, figure)
+    rows = []
+    for entry in tuned:
+        steps, order, eta, spacing = entry.split()
+        en = f"order {order.rstrip('c')}{', corrected' * (order == '2c')}, η = {eta}, {spacing} timesteps"
+        zh = f"{order.rstrip('c')} 阶{'，带校正' * (order == '2c')}，η = {eta}，{spacing} 时刻"
+        rows.append({"steps": steps, "en": en, "zh": zh, "value": _number(distances[entry])})
+    reference = stored["reference"]
+    return {
+        "uri": data_uri(figure),
+        "rows": rows,
+        "metric": metric,
+        "metric_zh": translated(metric, METRICS),
+        "count": f"{stored['num_images']:,}",
+        "reference": shown(reference, 200),
+        "reference_zh": translated(shown(reference, 200), NOTES),
     }
 
 

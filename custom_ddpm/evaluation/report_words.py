@@ -58,6 +58,8 @@ NOTES = (
     (r"unbiased; 0 for equal distributions", "无偏；分布相同时为 0"),
     (r"([\d,]+) against ([\d,]+) pictures", r"\1 张对 \2 张图片"),
     (r"^refused: ", "拒绝计算："),
+    (r"^([\d,]+) training pictures$", r"\1 张训练图片"),
+    (r"^([\d,]+) held-out pictures, split ", r"\1 张留出图片，划分 "),
 )
 
 METRICS = (

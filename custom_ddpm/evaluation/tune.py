@@ -175,7 +175,13 @@ def _open(args: argparse.Namespace) -> tuple["CustomDDPMPipeline", "Reference", 
     if not steps or steps[0] < 1:
         raise ValueError(f"--steps is {args.steps}; it must have numbers from 1 to {len(pipeline.scheduler) - 1}")
     data, validation_data = open_data(config, state)
-    return pipeline, open_reference(config, state, data, validation_data), data, steps
+    reference = open_reference(config, state, data, validation_data)
+    dim = reference.known.moments.dim
+    if args.num_images <= dim:  # with a singular covariance the distance is mostly bias
+        raise ValueError(
+            f"--num_images is {args.num_images}; the Fréchet distance in {dim} features needs more than {dim} pictures"
+        )
+    return pipeline, reference, data, steps
 
 
 def _key(pipeline: "CustomDDPMPipeline", reference: "Reference", data: Any, args: argparse.Namespace) -> str:
@@ -213,9 +219,10 @@ def tune(args: argparse.Namespace) -> None:
     stored = (read_json(folder / FILE) or {}) if main else {}
     if stored.get("key") != key:
         stored = {}
+    metric = frechet_name(reference.features)
     against = f"{reference.known.moments.count:,} {reference.description}"
     if main:
-        print(f"{frechet_name(reference.features)}, {args.num_images:,} pictures against {against}")
+        print(f"{metric}, {args.num_images:,} pictures against {against}")
         if not stored:
             print(f"first the error of the model on {args.num_error_images:,} training pictures", flush=True)
     stored = broadcast_object_list([stored])[0]
@@ -225,7 +232,7 @@ def tune(args: argparse.Namespace) -> None:
     plain = CustomDDPMScheduler.from_config(pipeline.scheduler.config, prediction_errors=errors, tuned=None)
     pipeline.scheduler = plain
     about = {"key": key, "num_images": args.num_images, "guidance_scale": args.guidance_scale, "reference": against}
-    about |= {"features": reference.features.name, "prediction_errors": errors}
+    about |= {"features": reference.features.name, "metric": metric, "prediction_errors": errors}
     known: dict[str, float] = stored.get("distances", {})
     counts, results, spent, worked = num_candidates(steps), [], 0.0, 0
     left, start = sum(n * count for n, count in counts.items()), time.monotonic()
