@@ -307,7 +307,7 @@ class Report:
     def by_steps(self) -> dict[str, Any]:
         """The Fréchet distance at several numbers of network evaluations, for each of `samplers`.
 
-        Points that cannot be had (too few pictures for the features, a sampler that fails) have no value. `TUNED` has
+        Nothing is drawn if there are too few pictures for the features. A sampler that fails has no value; `TUNED` has
         no points where nothing was tuned.
         """
         given, features = self.settings, self.extractors[0]
@@ -318,6 +318,8 @@ class Report:
 
         def measure() -> dict[str, Any]:
             reference = collect_cached(self.training, features, given.batch_size, cache_dir=given.cache_dir)
+            if count <= (dim := reference.moments.dim):  # the covariance would be singular, see `check_rank`
+                raise ValueError(f"--num_images is {given.num_images}; {dim} features need more than {dim} pictures")
             points_key = fingerprint(VERSION, self.model_key, key, self.training.fingerprint, given.seed)
             saved = read_json(points_file) or {}
             points = saved.get("points", []) if saved.get("key") == points_key else []

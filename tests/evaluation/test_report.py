@@ -86,6 +86,13 @@ def test_an_interrupted_comparison_of_samplers_goes_on(trained, monkeypatch):
 
 
 @pytest.mark.slow
+def test_samplers_are_not_compared_with_fewer_pictures_than_features(trained, monkeypatch):
+    monkeypatch.setattr(Report, "_point", None)  # nothing is drawn
+    found = Report(trained, ReportSettings(num_images=128)).by_steps()
+    assert found["detail"] == "--num_images is 128; 128 features need more than 128 pictures"
+
+
+@pytest.mark.slow
 def test_parts_that_cannot_be_had_say_so(trained):
     file = trained / "training_config.yaml"
     before = file.read_text()
