@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import tempfile
 import threading
 import time
@@ -25,27 +26,41 @@ FILE = "pictures.png"
 
 
 class Requests:
-    """The requests that run or wait, by visitor and tab, so that each visitor cancels their own only."""
+    """The newest request of each visitor and tab, waiting or running: a visitor cancels their own only.
+
+    Cancelling is done here and not by the page, which may be about to send the next request meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._stops: dict[tuple[str | None, str], threading.Event] = {}
+        self._newest: dict[tuple[str | None, str], tuple[int, threading.Event]] = {}
+        self._numbers = itertools.count()
+
+    def wait(self, session: str | None, tab: str) -> int:
+        """Stop a visitor's earlier request of a tab, and return the number of the one that begins to wait."""
+        self.stop(session, tab)
+        number = next(self._numbers)
+        self._newest[session, tab] = number, threading.Event()
+        return number
 
     @contextmanager
-    def running(self, session: str | None, tab: str) -> Iterator[threading.Event]:
-        """Context with the event that `stop` sets; an earlier request of the same visitor and tab is stopped."""
-        self.stop(session, tab)
-        self._stops[session, tab] = stop = threading.Event()
+    def running(self, session: str | None, tab: str, number: int) -> Iterator[threading.Event | None]:
+        """Context with the event that `stop` sets; with None for a request that was stopped while it waited."""
         try:
-            yield stop
+            yield self._newest[session, tab][1] if self.is_newest(session, tab, number) else None
         finally:
-            if self._stops.get((session, tab)) is stop:
-                del self._stops[session, tab]
+            if self.is_newest(session, tab, number):
+                del self._newest[session, tab]
+
+    def is_newest(self, session: str | None, tab: str, number: int) -> bool:
+        """Whether a request was neither stopped nor followed by another."""
+        newest = self._newest.get((session, tab))
+        return newest is not None and newest[0] == number
 
     def stop(self, session: str | None, tab: str) -> None:
         """Stop a visitor's request, if there is one."""
-        stop = self._stops.pop((session, tab), None)
-        if stop is not None:
-            stop.set()
+        newest = self._newest.pop((session, tab), None)
+        if newest is not None:
+            newest[1].set()
 
 
 REQUESTS = Requests()
@@ -118,37 +133,46 @@ def follow(
 
 def on_click(
     button: gr.Button, language: str, tab: str, draw: Callable[..., Any], inputs: list[Any], outputs: list[Any]
-) -> Any:
+) -> None:
     """Let a button draw: the request waits for its turn, and a visitor's earlier one of this tab ends.
 
     Args:
         button: to press.
         language, tab: of the button.
-        draw: generator of values for `outputs`, the first of which is the view.
+        draw: (event that stops it, values of `inputs`) -> generator of values for `outputs`, the first of which is the
+            view.
         inputs, outputs: components.
-
-    Returns:
-        The event that draws.
     """
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    number = gr.State()
 
-    def wait(request: gr.Request) -> str:
-        REQUESTS.stop(request.session_hash, tab)
-        return view_html(language, None, say(language, "queued"))
+    def wait(request: gr.Request) -> tuple[int, str]:
+        return REQUESTS.wait(request.session_hash, tab), view_html(language, None, say(language, "queued"))
+
+    def turn(request: gr.Request, number: int, *settings: Any) -> Iterator[Any]:
+        with REQUESTS.running(request.session_hash, tab, number) as stop:
+            if stop is None:
+                return
+            for shown in draw(stop, *settings):
+                if REQUESTS.is_newest(request.session_hash, tab, number):  # else the view is no longer its own
+                    yield shown
 
     def fail() -> str:
         return view_html(language, None, say(language, "refused"))
 
-    event = button.click(wait, outputs=outputs[0], queue=False, **options).then(
-        draw, inputs, outputs, concurrency_id="model", concurrency_limit=1, trigger_mode="multiple", **options
+    event = button.click(wait, outputs=[number, outputs[0]], queue=False, **options).then(
+        turn,
+        [number, *inputs],
+        outputs,
+        concurrency_id="model",
+        concurrency_limit=1,
+        trigger_mode="multiple",
+        **options,
     )
     event.failure(fail, outputs=outputs[0], queue=False, **options)
-    # An earlier one that still waits is not known to `REQUESTS`; this takes it out of the queue, before `wait` is done.
-    button.click(None, cancels=[event], queue=False, **options)
-    return event
 
 
-def cancel_button(language: str, tab: str, view: gr.HTML, event: Any) -> None:
+def cancel_button(language: str, tab: str, view: gr.HTML) -> None:
     """A button that ends the visitor's request of a tab, running or waiting."""
 
     def cancel(request: gr.Request) -> str:
@@ -156,7 +180,7 @@ def cancel_button(language: str, tab: str, view: gr.HTML, event: Any) -> None:
         return view_html(language, None, say(language, "cancelled"))
 
     button = gr.Button(say(language, "cancel"), elem_id=f"cancel-{tab}-{language}")
-    button.click(cancel, outputs=view, cancels=[event], queue=False, api_visibility="private", show_progress="hidden")
+    button.click(cancel, outputs=view, queue=False, api_visibility="private", show_progress="hidden")
 
 
 def result_parts(language: str) -> tuple[gr.HTML, gr.Image, gr.DownloadButton]:

@@ -1,5 +1,6 @@
 """The tab Edit: variations of a picture, inpainting with a brush, and pictures between two pictures."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..pipelines.pictures import read_pictures
 from ..pipelines.pipeline_custom_ddpm_img2img import CustomDDPMImg2ImgPipeline
 from ..pipelines.pipeline_custom_ddpm_inpaint import CustomDDPMInpaintPipeline
 from ..pipelines.pipeline_custom_ddpm_interpolate import CustomDDPMInterpolationPipeline
-from .drawing import REQUESTS, cancel_button, follow, on_click, result_parts
+from .drawing import cancel_button, follow, on_click, result_parts
 from .limits import Limits, check_request, check_value, checked_upload, refusal
 from .settings import class_field, guidance_field, labels_of, options_of, seed_field, steps_field
 from .texts import say
@@ -237,15 +238,14 @@ def _form(
     with column.parent, gr.Column(scale=2, min_width=280):
         view, result, download = result_parts(language)
 
-    def on_draw(request: gr.Request, *settings: Any) -> Iterator[tuple[Any, Any, Any]]:
+    def on_draw(stop: threading.Event, *settings: Any) -> Iterator[tuple[Any, Any, Any]]:
         try:
             call = make(model, limits, language, *settings)
         except ValueError as error:
             raise refusal(language, error) from error
-        with REQUESTS.running(request.session_hash, name) as stop:
-            yield from follow(model, limits, language, stop, call)
+        yield from follow(model, limits, language, stop, call)
 
     inputs = [*own, number, label, guidance, steps, seed]
-    event = on_click(button, language, name, on_draw, inputs, [view, result, download])
+    on_click(button, language, name, on_draw, inputs, [view, result, download])
     with place:
-        cancel_button(language, name, view, event)
+        cancel_button(language, name, view)

@@ -1,5 +1,6 @@
 """The tab Generate: new pictures, while they are denoised, and the Python lines that make exactly these."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import gradio as gr
 from ..messages import quoted
 from ..pipelines.pipeline_custom_ddpm import CustomDDPMPipeline
 from ..sampling import sample_images
-from .drawing import REQUESTS, cancel_button, follow, on_click, result_parts
+from .drawing import cancel_button, follow, on_click, result_parts
 from .limits import Limits, check_request, refusal
 from .settings import (
     class_field,
@@ -93,7 +94,7 @@ def python_lines(model: Model, wish: Wish) -> str:
 
 
 def draw(
-    model: Model, limits: Limits, language: str, session: str | None, *settings: Any
+    model: Model, limits: Limits, language: str, stop: threading.Event, *settings: Any
 ) -> Iterator[tuple[Any, Any, Any, Any]]:
     """What the page shows while pictures are drawn: view, result, download, Python lines."""
     try:
@@ -108,9 +109,8 @@ def draw(
         return sample_images(pipeline, wish.seeds, wish.labels, len(wish.seeds), **wish.options, **watched)
 
     lines = python_lines(model, wish)
-    with REQUESTS.running(session, TAB) as stop:
-        for shown in follow(model, limits, language, stop, call):
-            yield *shown, gr.update(value=lines, visible=True)
+    for shown in follow(model, limits, language, stop, call):
+        yield *shown, gr.update(value=lines, visible=True)
 
 
 def tab(language: str, model: Model, limits: Limits) -> None:
@@ -139,10 +139,10 @@ def tab(language: str, model: Model, limits: Limits) -> None:
                 wrap_lines=True,
             )
 
-    def on_draw(request: gr.Request, *settings: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
-        yield from draw(model, limits, language, request.session_hash, *settings)
+    def on_draw(stop: threading.Event, *settings: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+        yield from draw(model, limits, language, stop, *settings)
 
     outputs = [view, result, download, lines]
-    event = on_click(button, language, TAB, on_draw, [label, guidance, sampler, steps, seed, number], outputs)
+    on_click(button, language, TAB, on_draw, [label, guidance, sampler, steps, seed, number], outputs)
     with place:
-        cancel_button(language, TAB, view, event)
+        cancel_button(language, TAB, view)

@@ -199,7 +199,31 @@ def test_a_second_request_takes_the_first_out_of_the_queue(visit):
     other.get_by_role("button", name="Cancel").click()
     expect(page.get_by_text(FINISHED["en"])).to_be_visible()
     lines = page.evaluate("window.lines")
-    assert any("Waiting" in line for line in lines) and not any("of 222" in line for line in lines)
+    assert any("Waiting" in line for line in lines)
+    assert not any("of 222" in line or "Not possible" in line for line in lines)
+
+
+def test_a_second_request_can_be_cancelled_while_it_waits(visit):
+    page, other = visit(), visit()
+    page.evaluate(WATCH_LINES)
+    set_steps(other, 1000)
+    other.get_by_role("button", name="Draw").click()
+    expect(other.locator(".view img").first).to_be_visible()
+    for steps in (222, 333):
+        set_steps(page, steps)
+        page.get_by_role("button", name="Draw").click()
+        expect(page.get_by_text("Waiting for its turn")).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_text("Cancelled.")).to_be_visible()
+    other.get_by_role("button", name="Cancel").click()
+    expect(other.get_by_text("Cancelled.")).to_be_visible()
+    # What waited has had its turn when a later request is done.
+    set_steps(other, 3)
+    other.get_by_role("button", name="Draw").click()
+    expect(other.get_by_text(FINISHED["en"])).to_be_visible()
+    expect(page.get_by_text("Cancelled.")).to_be_visible()
+    lines = page.evaluate("window.lines")
+    assert not any(word in line for line in lines for word in ("of 222", "of 333", "Not possible"))
 
 
 def test_two_visitors_at_once_get_their_own_pictures(visit):

@@ -202,13 +202,36 @@ def test_a_cancelled_request_ends_and_others_go_on(model):
 
 def test_a_visitor_cancels_their_own_request_only():
     requests = drawing.Requests()
-    with requests.running("me", "generate") as mine, requests.running("they", "generate") as theirs:
+    numbers = [requests.wait(name, "generate") for name in ("me", "they")]
+    with (
+        requests.running("me", "generate", numbers[0]) as mine,
+        requests.running("they", "generate", numbers[1]) as theirs,
+    ):
         requests.stop("me", "generate")
         requests.stop("me", "generate")
         assert mine.is_set() and not theirs.is_set()
-        with requests.running("they", "generate") as later:
-            assert theirs.is_set() and not later.is_set()
-    assert requests._stops == {}
+        later = requests.wait("they", "generate")
+        assert theirs.is_set()
+        with requests.running("they", "generate", later) as newest:
+            assert not newest.is_set()
+    assert requests._newest == {}
+
+
+def test_a_request_that_was_stopped_while_it_waited_does_not_run():
+    requests = drawing.Requests()
+    first, second = requests.wait("me", "generate"), requests.wait("me", "generate")
+    other = requests.wait("me", "inpaint")
+    with requests.running("me", "generate", first) as stop:
+        assert stop is None
+    with requests.running("me", "generate", second) as stop:
+        assert not stop.is_set()
+    cancelled = requests.wait("me", "generate")
+    requests.stop("me", "generate")
+    with requests.running("me", "generate", cancelled) as stop:
+        assert stop is None
+    with requests.running("me", "inpaint", other) as stop:
+        assert not stop.is_set()
+    assert requests._newest == {}
 
 
 # ---- uploads ----
@@ -332,7 +355,7 @@ def test_an_editor_keeps_the_newest_drawings_only():
 def test_the_lines_make_exactly_the_picture_shown(model, label, guidance, sampler, number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = picture = None
-    for shown in generate.draw(model, LIMITS, "en", None, label, guidance, sampler, 5, 7, number):
+    for shown in generate.draw(model, LIMITS, "en", threading.Event(), label, guidance, sampler, 5, 7, number):
         if shown[1].get("value"):
             picture = PIL.Image.open(shown[1]["value"]).copy()
             assert shown[2]["value"] == shown[1]["value"] and shown[2] is not shown[1]  # gradio changes them
@@ -345,7 +368,7 @@ def test_the_lines_make_exactly_the_picture_shown(model, label, guidance, sample
 
 @pytest.mark.parametrize(("sampler", "config"), [("DDIMScheduler", "untuned(pipeline"), ("CustomDDPMScheduler", None)])
 def test_the_lines_give_diffusers_no_settings_of_ours(model, sampler, config):
-    *_, last = generate.draw(model, LIMITS, "en", None, 1, 2.0, sampler, 5, 7, 1)
+    *_, last = generate.draw(model, LIMITS, "en", threading.Event(), 1, 2.0, sampler, 5, 7, 1)
     lines = last[3]["value"]
     assert (config in lines if config else "untuned" not in lines) and ("untuned" in lines) == ("import DDIM" in lines)
 
@@ -354,7 +377,7 @@ def test_the_lines_with_another_seed_make_another_picture(model, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     pictures = []
     for seed in (7, 8):
-        *_, last = generate.draw(model, LIMITS, "en", None, 1, 2.0, "CustomDDPMScheduler", 5, seed, 2)
+        *_, last = generate.draw(model, LIMITS, "en", threading.Event(), 1, 2.0, "CustomDDPMScheduler", 5, seed, 2)
         exec(last[3]["value"], {})
         pictures.append(PIL.Image.open("pictures.png").tobytes())
     assert pictures[0] != pictures[1]
@@ -367,7 +390,7 @@ def test_settings_out_of_the_limits_are_shown_as_an_error(model):
         (1, 2.0, "os.system", 5, 0, 1),
     ):
         with pytest.raises(gr.Error):
-            list(generate.draw(model, LIMITS, "en", None, *asked))
+            list(generate.draw(model, LIMITS, "en", threading.Event(), *asked))
 
 
 def test_a_name_of_a_class_is_no_markup():
