@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from runs import run, tiny
@@ -18,16 +17,18 @@ from custom_ddpm.training.terminal import check_terminal
 pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
 pytest.importorskip("textual_image")
 
-# The module alone, without torch. A progress bar is open meanwhile.
+# A progress bar is open meanwhile.
 SCRIPT = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("terminal", sys.argv[1])
-terminal = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(terminal)
-if len(sys.argv) > 2:
+import sys
+from custom_ddpm.training import terminal
+if "missing" in sys.argv:
     sys.modules["textual_image"] = None  # as if it were not installed
 import PIL.Image
+print("Asking.")
 terminal.check_terminal()
+print("Asked.", flush=True)
+if "keys" in sys.argv:
+    sys.stdin.readline()
 grid = PIL.Image.new("L", (60, 40), 40)
 grid.paste(200, (0, 0, 60, 20))
 with terminal.tqdm(total=2, desc="Training") as bar:
@@ -42,10 +43,9 @@ def in_terminal(answers: dict[str, bytes], *words: str, lines: int = 12) -> str:
     """What the script writes to a terminal 30 characters wide that answers what it is asked."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, 30, 0, 0))  # the size in pixels is not known
-    module = Path(build.__file__).with_name("terminal.py")
     env = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
-    command = [sys.executable, "-c", SCRIPT, str(module), *words]
-    written, asked, end = b"", dict(ASKS), time.monotonic() + 60
+    command = [sys.executable, "-c", SCRIPT, *words]
+    written, asked, end = b"", dict(ASKS) | {b"Asked.": "keys"}, time.monotonic() + 60
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as process:
         os.close(theirs)
         while time.monotonic() < end:
@@ -86,6 +86,23 @@ def test_terminals_with_graphics_get_them(answers, begin):
     assert begin in shown[shown.index("Samples after step 7:") :] and "▀" not in shown
 
 
+@pytest.mark.parametrize("keys", ["\x1b[A", "猫"])
+def test_keys_pressed_before_the_first_grid_do_no_harm(keys):
+    shown = in_terminal({"sixel": b"\x1b[?62;22c", "keys": f"{keys}\n".encode()}, "keys")
+    assert "▀" in shown and "Traceback" not in shown
+
+
+def test_a_job_in_the_background_is_refused(monkeypatch):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 30, 0, 0))
+    with open(theirs, "r+b", buffering=0) as stream, open(ours, "rb"):
+        monkeypatch.setattr(sys, "__stdin__", stream)
+        monkeypatch.setattr(sys, "__stdout__", stream)
+        monkeypatch.setattr(os, "tcgetpgrp", lambda fd: os.getpgrp() + 1)
+        with pytest.raises(ValueError, match="--preview is 'terminal', but the run is in the background"):
+            check_terminal()
+
+
 def test_without_the_library_one_line_says_what_to_install():
     error = in_terminal({}, "missing").strip().splitlines()[-1]
     assert (
@@ -97,7 +114,8 @@ def test_a_terminal_without_a_size_is_refused():
     assert "ValueError: --preview is 'terminal', but the run has no terminal" in in_terminal({}, lines=0)
 
 
-def test_without_a_terminal_the_run_does_not_begin(tmp_path):
+def test_without_a_terminal_the_run_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "__stdin__", None)
     with pytest.raises(ValueError, match=r"--preview is 'terminal', but the run has no terminal .*; leave it out"):
         check_terminal()
     with pytest.raises(ValueError, match="has no terminal"):
