@@ -141,6 +141,8 @@ def _labels(pipeline: "CustomDDPMPipeline", args: argparse.Namespace) -> list[in
     words: list[str] = args.class_labels or ["uniform"]
     names, embeddings = pipeline.config.id2label or {}, pipeline.unet.config.num_class_embeds
     if not embeddings:
+        if args.class_rows:
+            raise ValueError("--class_rows is for models with classes, and this one has none; leave it out")
         pipeline._check_labels(args.class_labels, len(words), args.guidance_scale)
         return None
     special = words[0] if len(words) == 1 and words[0] not in names.values() else None

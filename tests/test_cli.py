@@ -50,6 +50,13 @@ def test_sample_draws_a_picture_for_each_seed(model, tmp_path, capsys):
     assert "holds pictures that were drawn with" in refused("sample", model, "--output_dir", folder)
 
 
+def test_rows_of_classes_need_classes(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "plain")
+    words = ("sample", tmp_path / "plain", "--class_rows", "--output_dir", tmp_path / "drawn")
+    assert "--class_rows is for models with classes" in refused(*words)
+    assert not (tmp_path / "drawn").exists()
+
+
 @pytest.mark.parametrize("flag", ["--num_images", "--batch_size", "--num_inference_steps"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_sample_refuses_counts_below_one(flag, value, model, tmp_path):

@@ -39,7 +39,7 @@ FOLDER = "report"  # in the run's folder
 VERSION = 1  # to be increased with every change of what is measured
 BLOCK = 256  # pictures in a file
 STEPS = (5, 10, 20, 50)  # network evaluations of the comparison of samplers
-MAX_BY_STEPS = 2000  # pictures of each of its points
+MAX_BY_STEPS = 2500  # pictures of each of its points: more than Inception has features
 DISTANCES_FILE, NEIGHBOURS_FILE = "distances.png", "neighbours.png"
 # Name -> class of diffusers, or None for the run's own scheduler, and options of the pipeline's call.
 SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {

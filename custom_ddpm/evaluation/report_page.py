@@ -306,10 +306,10 @@ def _candidates(report: Report) -> dict[str, Any] | None:
     """What `custom-ddpm tune` measured; None for a model that was not tuned, or by other measurements."""
     tuned = report.pipeline.scheduler.config.get("tuned")
     stored = read_json(report.run / TUNED_FILE) or {}
-    if not tuned or stored.get("tuned") != tuned or "metric" not in stored:
+    if not tuned or stored.get("tuned") != tuned:
         return None
     figure = report.folder / "candidates.png"
-    metric, distances = shown(stored["metric"]), stored["distances"]
+    metric, distances = shown(stored.get("metric") or f"FD ({stored['features']})"), stored["distances"]
     draw_candidates(distances, tuned, metric, figure)
     rows = []
     for entry in tuned:
