@@ -154,7 +154,7 @@ class TrainingConfig:
     learning_rate: float = _chosen("optimiser", "peak learning rate")
     lr_scheduler: str = _chosen(
         "optimiser",
-        "learning rate schedule, in optimiser steps",
+        "learning rate schedule; warmup_stable_decay falls to zero in the last two fifths",
         (
             "linear",
             "cosine",
