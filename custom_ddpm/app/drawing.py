@@ -45,16 +45,18 @@ class Requests:
     @contextmanager
     def running(self, session: str | None, tab: str, number: int) -> Iterator[threading.Event | None]:
         """Context with the event that `stop` sets; with None for a request that was stopped while it waited."""
+        newest = self._newest.get((session, tab))
+        mine = newest if newest is not None and newest[0] == number else None
         try:
-            yield self._newest[session, tab][1] if self.is_newest(session, tab, number) else None
+            yield None if mine is None else mine[1]
         finally:
-            if self.is_newest(session, tab, number):
+            if mine is not None and self._newest.get((session, tab)) is mine:
                 del self._newest[session, tab]
 
-    def is_newest(self, session: str | None, tab: str, number: int) -> bool:
-        """Whether a request was neither stopped nor followed by another."""
+    def followed(self, session: str | None, tab: str, number: int) -> bool:
+        """Whether there is a later request of the visitor and tab."""
         newest = self._newest.get((session, tab))
-        return newest is not None and newest[0] == number
+        return newest is not None and newest[0] > number
 
     def stop(self, session: str | None, tab: str) -> None:
         """Stop a visitor's request, if there is one."""
@@ -154,7 +156,7 @@ def on_click(
             if stop is None:
                 return
             for shown in draw(stop, *settings):
-                if REQUESTS.is_newest(request.session_hash, tab, number):  # else the view is no longer its own
+                if not REQUESTS.followed(request.session_hash, tab, number):  # else the view is the later one's
                     yield shown
 
     def fail() -> str:

@@ -210,8 +210,9 @@ def test_a_visitor_cancels_their_own_request_only():
         requests.stop("me", "generate")
         requests.stop("me", "generate")
         assert mine.is_set() and not theirs.is_set()
+        assert not requests.followed("me", "generate", numbers[0])
         later = requests.wait("they", "generate")
-        assert theirs.is_set()
+        assert theirs.is_set() and requests.followed("they", "generate", numbers[1])
         with requests.running("they", "generate", later) as newest:
             assert not newest.is_set()
     assert requests._newest == {}

@@ -43,7 +43,8 @@ def in_terminal(answers: dict[str, bytes], *words: str, lines: int = 12) -> str:
     """What the script writes to a terminal 30 characters wide that answers what it is asked."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, 30, 0, 0))  # the size in pixels is not known
-    env = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    env = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
+    env |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
     command = [sys.executable, "-c", SCRIPT, *words]
     written, asked, end = b"", dict(ASKS) | {b"Asked.": "keys"}, time.monotonic() + 60
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as process:
