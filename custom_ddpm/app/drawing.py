@@ -146,7 +146,8 @@ def on_click(
         inputs, outputs: components.
     """
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    number = gr.State()
+    # Sent with the request. A gr.State would be read when the request has its turn, and be that of a later one.
+    number = gr.Number(visible=False, precision=0)
 
     def wait(request: gr.Request) -> tuple[int, str]:
         return REQUESTS.wait(request.session_hash, tab), view_html(language, None, say(language, "queued"))
@@ -154,6 +155,7 @@ def on_click(
     def turn(request: gr.Request, number: int, *settings: Any) -> Iterator[Any]:
         with REQUESTS.running(request.session_hash, tab, number) as stop:
             if stop is None:
+                yield tuple(gr.skip() for _ in outputs)  # a generator without values would empty them
                 return
             for shown in draw(stop, *settings):
                 if not REQUESTS.followed(request.session_hash, tab, number):  # else the view is the later one's
