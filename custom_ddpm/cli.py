@@ -17,6 +17,7 @@ from .app.command import add_app
 from .evaluation.commands import add_commands
 from .evaluation.report_command import add_report
 from .evaluation.tune import add_tune
+from .memory import keep_freed_memory
 from .messages import one_line, shown
 from .sample_command import add_sample_flags, sample
 
@@ -232,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from .training.launch import start_all_cpu_processes
 
             start_all_cpu_processes()
+        if argv[0] != "app":  # which lives for long, between drawings of all sizes
+            keep_freed_memory()
         args.run(args)
     except (ValueError, OSError, HubError) as error:
         if int(os.environ.get("RANK", 0)) > 0:

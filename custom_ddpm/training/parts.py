@@ -19,6 +19,7 @@ from ..data.base import ImageData
 from ..data.folder import list_folder
 from ..data.folder_dataset import overlap
 from ..data.sources import open_images
+from ..memory import keep_freed_memory
 from ..objective import diffusion_loss
 from ..pipelines import CustomDDPMPipeline
 from ..recipe import Facts, complete
@@ -56,6 +57,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     )
     check_strategy(accelerator)
     if accelerator.device.type == "cpu":
+        keep_freed_memory()
         set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.cpu_threads)
     if accelerator.distributed_type == DistributedType.FSDP:
         # Otherwise accelerate keeps full gradients, in half precision, on every process until the last batch.
