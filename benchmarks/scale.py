@@ -120,6 +120,20 @@ def exponent(numbers: list[int], costs: list[float]) -> float:
     return float(np.polyfit(np.log(numbers), np.log(costs), 1)[0])
 
 
+def draw(measured: dict[str, tuple[list[int], list[float]]], file: Path) -> None:
+    """Each cost against its number, all in decades of the same height."""
+    figure, axes = plt.subplots(1, len(measured), figsize=(2.7 * len(measured), 3.4), sharey=True, layout="constrained")
+    for axis, (name, (numbers, costs)) in zip(axes, measured.items(), strict=True):
+        axis.loglog(numbers, [1000 * cost for cost in costs], "o-")
+        axis.set_title(name.replace(": ", ":\n"), fontsize=9)
+        axis.set_xlabel("n")
+        axis.set_xticks(numbers, [f"{number:,}" for number in numbers], fontsize=7)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("CPU milliseconds")
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     """Print a table for each dimension and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,16 +150,11 @@ def main() -> None:
         "batch: optimiser step": (batches, [step_cost(batch=batch) for batch in batches]),
         "T: scheduler and a sampling step": (timesteps, [timesteps_cost(number) for number in timesteps]),
     }
-    figure, axes = plt.subplots(1, len(measured), figsize=(3 * len(measured), 3.2), layout="constrained")
     print("| what | " + " | ".join(["n: milliseconds"] * 4) + " | exponent |\n|---|" + "---:|" * 5)
-    for axis, (name, (numbers, costs)) in zip(axes, measured.items(), strict=True):
+    for name, (numbers, costs) in measured.items():
         cells = [f"{number:,}: {1000 * cost:,.1f}" for number, cost in zip(numbers, costs, strict=True)]
         print(f"| {name} | {' | '.join(cells)} | {exponent(numbers, costs):.2f} |", flush=True)
-        axis.loglog(numbers, costs, "o-")
-        axis.set(title=name.replace(": ", ":\n"), xlabel="n")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("CPU seconds")
-    figure.savefig(args.output, dpi=110)
+    draw(measured, args.output)
 
 
 if __name__ == "__main__":
