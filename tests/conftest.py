@@ -1,5 +1,6 @@
 """A model small enough to sample in milliseconds, its weights random but not the zeros it is born with."""
 
+import gc
 import os
 
 import datasets
@@ -12,6 +13,12 @@ from custom_ddpm import CustomDDPMPipeline, CustomDDPMScheduler, CustomUNet2DMod
 # A process that is forked from one with OpenMP threads hangs when it computes; and some tests start several processes.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """A run collects garbage as it ends; the million objects that were imported need not be looked at every time."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_pipeline(channels: int = 1, classes: int | None = None, null_class: bool = True, **scheduler_options):

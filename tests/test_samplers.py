@@ -302,8 +302,18 @@ def table():
         print(f"{name:{width}}  not driven: {reason}")
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("name", DRIVEN)
+# Two evaluations in a step, a quadrature, two samples: their other predictions take seconds each.
+LONG = {"KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "SASolverScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction_type"),
+    [
+        pytest.param(name, kind, marks=pytest.mark.slow if name in LONG and kind != "sample" else ())
+        for name in DRIVEN
+        for kind in PREDICTION_TYPES
+    ],
+)
 def test_the_samples_have_the_mean_and_variance_of_the_data(table, name, prediction_type):
     needs(name)
     if name == "DDIMInverseScheduler" and prediction_type == "sample":

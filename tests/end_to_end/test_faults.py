@@ -242,7 +242,9 @@ def empty(folder):
     folder.mkdir()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, lose_a_file, empty])
+@pytest.mark.parametrize(
+    "damage", [truncate, *(pytest.param(each, marks=pytest.mark.slow) for each in (flip_a_byte, lose_a_file, empty))]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, program, damage):
     run(tmp_path / "straight")
     run(tmp_path / "run")

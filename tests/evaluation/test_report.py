@@ -106,7 +106,7 @@ def test_parts_that_cannot_be_had_say_so(trained):
         file.write_text(before)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++"])
+@pytest.mark.parametrize("sampler", ["dpmsolver++", pytest.param("ddpm", marks=pytest.mark.slow)])
 def test_the_command_under_the_grid_draws_the_grid(tmp_path, digits_cache, sampler):
     options = {"preview_sampler": sampler, "ddpm_num_inference_steps": 4, "eval_batch_size": 20, "learning_rate": 1e-2}
     run(tmp_path / "run", class_conditional=True, guidance_scale=1.5, seed=2, **options)

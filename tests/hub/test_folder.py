@@ -281,7 +281,14 @@ def fuzz(model, folder, number):
 
 
 @pytest.mark.parametrize(
-    "stock", [None, "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"]
+    "stock",
+    [
+        None,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler")
+        ),
+    ],
 )
 def test_random_values_are_refused_or_work(model, tmp_path, stock):
     import diffusers

@@ -246,7 +246,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
+QUICK = ("all chance", "hybrid", "stream")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(each, marks=() if name in QUICK else pytest.mark.slow, id=name) for name, each in RUNS.items()],
+)
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch, changes):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(straight, **changes)
@@ -324,7 +330,14 @@ def test_a_finished_run_is_validated_once(tmp_path):
 DUE = {"split": "train[:90%]", "validation_split": "train[90%:]", "save_images_steps": 4, "posthoc_ema_steps": 4}
 
 
-@pytest.mark.parametrize("lost", ["samples/step-0000004.png", "posthoc_ema/step-0000004.safetensors", "validation"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "samples/step-0000004.png",
+        pytest.param("posthoc_ema/step-0000004.safetensors", marks=pytest.mark.slow),
+        pytest.param("validation", marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_due_at_the_checkpoint_is_done_after_a_resume(tmp_path, monkeypatch, lost):
     run(tmp_path / "straight", **DUE)
     run_killed_at(monkeypatch, 5, tmp_path / "killed", **DUE)
@@ -527,7 +540,13 @@ def assert_the_same_run(one, other, tolerance=1e-5):
 
 
 @needs_forkserver
-@pytest.mark.parametrize("changes", [EVERYWHERE, {**IMPORTANCE, "logging_steps": 1}], ids=["all chance", "importance"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(EVERYWHERE, id="all chance"),
+        pytest.param({**IMPORTANCE, "logging_steps": 1}, marks=pytest.mark.slow, id="importance"),
+    ],
+)
 def test_processes_instead_of_accumulation_are_the_same_run(tmp_path, changes):
     run(tmp_path / "1 x 4", **changes | {"gradient_accumulation_steps": 4})
     run_on_processes(2, tmp_path / "2 x 2", **changes | {"gradient_accumulation_steps": 2})
@@ -559,7 +578,14 @@ def test_two_processes_resume_to_the_bit(tmp_path):
 # The end before the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, monkeypatch, caplog, number):
     draw = loop.draw
 
@@ -743,6 +769,7 @@ def test_validation_loss_is_the_mean_over_the_held_out_pictures_with_fixed_noise
     assert told[-1]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_runs_are_validated_alike_and_it_leaves_no_trace(tmp_path):
     held_out = {"split": "train[:90%]", "validation_split": "train[90%:]", "save_images_steps": 3}
     run(tmp_path / "looked at", **held_out, **RANDOM)

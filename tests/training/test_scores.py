@@ -68,6 +68,7 @@ def test_without_held_out_pictures_the_reference_is_what_is_trained_on(tmp_path)
     assert fd not in line and line["evaluation"]["best_by"] == f"{fd}, N → ∞"
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_in_the_run(tmp_path):
     run(tmp_path / "evaluated", **{**EVALUATED, **RANDOM})
     run(tmp_path / "not", **HELD_OUT, **RANDOM)

@@ -81,7 +81,9 @@ def straight(tmp_path_factory, digits_cache):
     "plugin",
     [
         BLOCKS,
-        {**BLOCKS, "cpu_ram_efficient_loading": True, "reshard_after_forward": False},
+        pytest.param(
+            {**BLOCKS, "cpu_ram_efficient_loading": True, "reshard_after_forward": False}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {**BLOCKS, "transformer_cls_names_to_wrap": ["ResidualBlock", "SelfAttention"]}, marks=pytest.mark.slow
         ),
