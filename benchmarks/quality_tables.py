@@ -58,7 +58,9 @@ def curves(rows: list[Row], file: Path) -> None:
     names = sorted({row["name"] for row in rows}, key=lambda name: (name != "default", name))
     for axis, (label, cost) in zip(axes, costs.items(), strict=True):
         for index, name in enumerate(names):
-            points = sorted((cost(row), *_distance(row)) for row in rows if row["name"] == name and row["pictures"])
+            mine = [row for row in rows if row["name"] == name and row["pictures"]]
+            first = min(row["seed"] for row in mine)
+            points = sorted((cost(row), *_distance(row)) for row in mine if row["seed"] == first)
             x, y, error = zip(*points, strict=True)
             style = {"color": f"C{index}", "marker": "osDv^<>pP"[index], "markersize": 5}
             axis.errorbar(x, y, error, label=_shown(name), linewidth=2.5 if name == "default" else 1.2, **style)
@@ -77,7 +79,8 @@ def curves(rows: list[Row], file: Path) -> None:
 def pictures(rows: list[Row], folder: Path, file: Path, columns: int = 5, lines: int = 3) -> None:
     """A field of samples for each contender (down) and number of minutes (across)."""
     names = sorted({row["name"] for row in rows}, key=lambda name: (name != "default", name))
-    minutes = sorted({row["minutes"] for row in rows})
+    measured = [row["minutes"] for row in rows if row["seed"] == 0]
+    minutes = sorted({each for each in measured if measured.count(each) > 1})  # of which there is something to compare
     size = (2.5 * len(minutes), 1.62 * len(names) + 0.3)
     figure, axes = plt.subplots(len(names), len(minutes), figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:

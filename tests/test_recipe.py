@@ -76,9 +76,15 @@ def test_muon_where_it_was_measured_and_weights_are_whole(device, sharded, optim
     assert completed(Facts(32, 32, None, device, sharded)).optimizer == optimizer
 
 
+@pytest.mark.parametrize(("number", "dropout"), [(300, 0.1), (999, 0.1), (1000, 0.0), (None, 0.0)])
+def test_few_pictures_are_trained_on_with_dropout(number, dropout):
+    facts = Facts(32, 32, None, "cpu", num_images=number)
+    assert (completed(facts).dropout, completed(facts, recipe="stock").dropout) == (dropout, 0.0)
+
+
 def test_the_length_of_the_run_gives_warm_up_grids_and_checkpoints():
     config = completed(steps=2001)
-    assert [getattr(config, name) for name in AFTER_LENGTH] == [101, 201, 201]
+    assert [getattr(config, name) for name in AFTER_LENGTH] == [101, 167, 201]
 
 
 def test_stock_is_the_stock_script():

@@ -216,7 +216,7 @@ def build_model(
     if sharded and config.optimizer == "muon":
         raise ValueError("--optimizer muon needs whole weights, and FSDP shards them: use --optimizer adamw")
     num_classes = None if data.id2label is None else len(data.id2label)
-    facts = Facts(data.height, data.width, num_classes, device, sharded)
+    facts = Facts(data.height, data.width, num_classes, device, sharded, data.num_images)
     if config.init_from is None:
         config = complete(config, facts)
         return config, build_unet(config, data), build_scheduler(config)

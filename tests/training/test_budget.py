@@ -61,7 +61,7 @@ def test_a_run_ends_within_its_time(tmp_path):
     assert (tmp_path / "run" / "samples.png").exists()
 
 
-@pytest.mark.parametrize(("minutes", "grids"), [(3, 2), (30, 10)])
+@pytest.mark.parametrize(("minutes", "grids"), [(3, 2), (30, 12)])
 def test_grids_take_a_small_part_of_the_time(monkeypatch, minutes, grids):
     """A grid of 50 pictures, 20 steps and guidance is 1,000 steps of two pictures, here 3.4 seconds."""
     monkeypatch.setattr(budget.psutil, "Process", lambda: SimpleNamespace(create_time=time.time))
