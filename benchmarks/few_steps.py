@@ -44,6 +44,7 @@ ORDER = [
     "ours, order 2, corrected",
     TUNED,
 ]
+COLORS = ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "black"]
 Row = dict[str, Any]
 
 
@@ -195,27 +196,36 @@ def table(rows: dict[tuple[str, int], Row]) -> list[str]:
     return [*lines, "", *textwrap.wrap(words + (f" Tuned: {how}." if how else ""), WIDTH)]
 
 
-def figure(rows: dict[tuple[str, int], Row], file: Path) -> None:
-    """Draw the distances against the number of steps, those of the most pictures."""
-    most = max(row["num_images"] for row in rows.values())
-    rows = {key: row for key, row in rows.items() if row["num_images"] == most}
+def figure(every: list[Row], file: Path) -> None:
+    """Draw the distances against the number of steps, of the number of pictures that was measured most often."""
+    counts = [row["num_images"] for row in every]
+    most = max(counts, key=counts.count)
+    rows = {(row["sampler"], row["steps"]): row for row in every if row["num_images"] == most}
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     steps = sorted({n for _, n in rows})
-    for name in sorted({name for name, _ in rows}, key=ORDER.index):
+    for index, name in enumerate(sorted({name for name, _ in rows}, key=ORDER.index)):
         mine = sorted((n, row["distance"]) for (each, n), row in rows.items() if each == name)
         style = "-" if name.startswith("ours") else "--" if name.startswith("ancestral") else ":"
-        axes.plot(*zip(*mine, strict=True), style, marker=".", label=name, lw=2.5 if name == TUNED else 1.2)
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
+        axes.plot(
+            *zip(*mine, strict=True),
+            style,
+            marker=".",
+            label=name,
+            lw=2.5 if name == TUNED else 1.2,
+            color=COLORS[index],
+        )
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=f"Fréchet distance of {most} pictures")
     axes.set_xticks(steps, [str(n) for n in steps])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    axes.yaxis.set_minor_locator(LogLocator(subs=[1.5, 2, 3, 4, 6, 8]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(file, dpi=110)
@@ -227,7 +237,7 @@ def write_page(args: argparse.Namespace) -> None:
     every = sorted(read(Path(args.results)), key=lambda row: row["num_images"])
     rows = {(row["sampler"], row["steps"]): row for row in every}  # of the most pictures
     picture = page.parent / "images" / f"few-steps-{name}.png"
-    figure(rows, picture)
+    figure(every, picture)
     text = page.read_text()
     begin, end = f"<!-- few steps: {name} -->\n", f"<!-- end of few steps: {name} -->"
     before, _, rest = text.partition(begin)

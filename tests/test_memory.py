@@ -19,8 +19,7 @@ def faults():  # pages that the system had to supply while a tensor of 64 MB was
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-faults()
-print(faults())
+print(min(faults() for _ in range(5)))
 """
 
 

@@ -184,7 +184,7 @@ ATTACKS = {
 
 class Pictures:
     height = width = 8
-    channels, mode, id2label = 3, "RGB", None
+    channels, mode, id2label, num_images = 3, "RGB", None, 100
 
 
 def train_from(folder):
