@@ -121,7 +121,8 @@ class GroupNormSiLU(nn.GroupNorm):
             weight, bias = (weight * (1 + scale)).flatten(), (bias * (1 + scale) + shift).flatten()
             groups, x = groups * len(x), x.flatten(0, 1)[None]
         if not torch.is_grad_enabled() or x.numel() < self.MIN_ELEMENTS:
-            return F.silu(F.group_norm(x, groups, weight, bias, self.eps)).view(shape)
+            # Not F.group_norm, which refuses groups of one value in what it takes for one sample.
+            return F.silu(torch.group_norm(x, groups, weight, bias, self.eps)).view(shape)
         return _GroupNormSiLU.apply(x, weight, bias, groups, self.eps).view(shape)
 
 

@@ -207,6 +207,16 @@ def test_any_layout_equals_that_of_diffusers(layout, rows, columns, seed):
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_groups_of_one_value_are_those_of_diffusers():
+    """A batch of two at 1x1, one channel in a group: the norm of a value is zero."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
+    options = {"norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift", "add_attention": False}
+    custom, stock = make_pair({**blocks, **options})
+    sample = torch.randn(2, 3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(custom(sample, 5).sample, stock(sample, 5).sample)
+
+
 def test_the_default_layout_is_the_cifar10_network_with_the_other_defaults_of_diffusers():
     ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (CustomUNet2DModel, UNet2DModel))
     layout = {"down_block_types", "up_block_types", "block_out_channels"}
