@@ -1,4 +1,4 @@
-"""Time of a training step on a CPU, with freed memory given back to the system and with it kept.
+"""Time of forward and backward on a CPU, with freed memory given back to the system and with it kept.
 
     taskset -c 0 python benchmarks/memory.py [--pairs 5]
 
