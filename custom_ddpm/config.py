@@ -82,6 +82,9 @@ class TrainingConfig:
         "data", False, "crop the centre instead of a random part of pictures with another aspect ratio"
     )
     random_flip: bool = _flag("data", False, "flip pictures left-right at random")
+    augment_share: float = _chosen(
+        "data", "share of the run, from its start, in which pictures are mirrored, shifted and scaled at random"
+    )
     streaming: bool = _flag("data", False, "read the dataset as a stream, without storing it on the disk")
     on_bad_image: Literal["raise", "skip"] = _flag("data", "raise", "what to do with a picture that cannot be read")
     dataloader_num_workers: int = _flag("data", 0, "processes that decode pictures, for the cache or a stream")
@@ -252,7 +255,7 @@ POSITIVE = (
     "learning_rate max_grad_norm snr_gamma adam_epsilon ema_inv_gamma ema_power max_train_time time_budget".split()
 )
 NOT_NEGATIVE = "lr_warmup_steps adam_weight_decay dataloader_num_workers seed".split()
-FRACTIONS = "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()
+FRACTIONS = "augment_share dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()
 
 Check = tuple[str, bool, str]  # name of the setting, whether the rule holds, the rule
 

@@ -43,6 +43,7 @@ STOCK: Mapping[str, Any] = {
     "norm_num_groups": 32,
     "resnet_time_scale_shift": "default",
     "dropout": 0.0,
+    "augment_share": 0.0,
     "ddpm_beta_schedule": "linear",
     "prediction_type": "epsilon",
     "variance_type": "fixed_small",
@@ -122,6 +123,11 @@ def _dropout(facts: Facts, config: TrainingConfig) -> float:
     return 0.1 if facts.num_images is not None and facts.num_images < FEW_PICTURES else 0.0
 
 
+def _augment_share(facts: Facts, config: TrainingConfig) -> float:
+    """Few pictures are changed at random, until the learning rate falls: what is learned then is drawn."""
+    return 0.6 if facts.num_images is not None and facts.num_images < FEW_PICTURES else 0.0
+
+
 def _num_inference_steps(facts: Facts, config: TrainingConfig) -> int:
     return 20 if config.preview_sampler == "dpmsolver++" else config.ddpm_num_steps
 
@@ -134,6 +140,7 @@ DEFAULT: Mapping[str, Any] = {
     "norm_num_groups": 8,
     "resnet_time_scale_shift": "scale_shift",
     "dropout": _dropout,
+    "augment_share": _augment_share,
     "ddpm_beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
     "variance_type": "fixed_small",

@@ -48,6 +48,7 @@ TINY = {
 RANDOM = {
     "dropout": 0.2,
     "random_flip": True,
+    "augment_share": 0.5,
     "class_conditional": True,
     "label_dropout": 0.3,
     "gradient_accumulation_steps": 2,

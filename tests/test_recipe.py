@@ -9,6 +9,7 @@ import yaml
 
 from custom_ddpm.config import TrainingConfig
 from custom_ddpm.recipe import AFTER_LENGTH, RECIPES, Facts, before_data, complete, complete_length
+from custom_ddpm.training.build import DECAY
 
 CHOSEN = [spec.name for spec in dataclasses.fields(TrainingConfig) if spec.metadata["by_recipe"]]
 DIGITS = Facts(8, 8, 10, "cpu")
@@ -76,10 +77,16 @@ def test_muon_where_it_was_measured_and_weights_are_whole(device, sharded, optim
     assert completed(Facts(32, 32, None, device, sharded)).optimizer == optimizer
 
 
-@pytest.mark.parametrize(("number", "dropout"), [(300, 0.1), (999, 0.1), (1000, 0.0), (None, 0.0)])
-def test_few_pictures_are_trained_on_with_dropout(number, dropout):
+@pytest.mark.parametrize(("number", "few"), [(300, True), (999, True), (1000, False), (None, False)])
+def test_few_pictures_are_augmented_and_trained_on_with_dropout(number, few):
     facts = Facts(32, 32, None, "cpu", num_images=number)
-    assert (completed(facts).dropout, completed(facts, recipe="stock").dropout) == (dropout, 0.0)
+    config, stock = completed(facts), completed(facts, recipe="stock")
+    assert (config.dropout, config.augment_share) == ((0.1, 0.6) if few else (0.0, 0.0))
+    assert (stock.dropout, stock.augment_share) == (0.0, 0.0)
+
+
+def test_pictures_are_augmented_as_long_as_the_learning_rate_is_constant():
+    assert completed(Facts(32, 32, None, "cpu", num_images=300)).augment_share == 1 - DECAY
 
 
 def test_the_length_of_the_run_gives_warm_up_grids_and_checkpoints():

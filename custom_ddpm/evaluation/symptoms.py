@@ -199,7 +199,9 @@ def _worse_than_linear(e: Evidence) -> Found:
 
 def _overfitting(e: Evidence) -> Found:
     """The held-out loss is a fifth above the training loss, or has risen by 5% since its least."""
-    remedy = "raise --dropout, use --random_flip or more pictures, or take the checkpoint of the least validation loss"
+    remedy = (
+        "raise --dropout or --augment_share, use more pictures, or take the checkpoint of the least validation loss"
+    )
     if e.final is not None and "validation" in e.final:
         training, held_out = e.final["training"], e.final["validation"]
         error = np.hypot(e.final["training_error"], e.final["validation_error"])

@@ -45,7 +45,7 @@ FIXED_SETTINGS = (
     "variance_type timestep_sampling optimizer use_ema posthoc_ema_steps init_from seed"
 ).split()
 # What runs had before there were these settings; their checkpoints do not hold them.
-FORMER_SETTINGS = {"patch_size": 1, "resnet_time_scale_shift": "default", "optimizer": "adamw"}
+FORMER_SETTINGS = {"patch_size": 1, "resnet_time_scale_shift": "default", "optimizer": "adamw", "augment_share": 0.0}
 UNCOMPARED_SETTINGS = ("output_dir", "resume_from_checkpoint", "preview")  # may differ at every start
 
 DECAY = 0.4  # share of the run in which warmup_stable_decay falls linearly to zero
@@ -258,11 +258,17 @@ def _build_sampler(config: TrainingConfig, T: int, accelerator: Accelerator) -> 
 def _loop_options(
     config: TrainingConfig, data: ImageData, sampler: ImportanceSampler | None, memory_format: torch.memory_format
 ) -> dict[str, Any]:
+    if config.augment_share:
+        logger.info(
+            f"--augment_share {config.augment_share:g}: in that share of the run, from its start, pictures are "
+            "mirrored, shifted and scaled at random; 0 leaves it out"
+        )
     return {
         "seed": config.seed,
         "timestep_sampler": sampler,
         "stratified": config.timestep_sampling == "stratified",
         "random_flip": config.random_flip,
+        "augment_share": config.augment_share,
         "label_dropout": config.label_dropout,
         "null_label": len(data.id2label or ()),
         "max_grad_norm": config.max_grad_norm,

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from ..data.pixels import normalise
 from ..scheduler import CustomDDPMScheduler
+from .augmentation import augmented
 from .randomness import Draws, UniformSampler, draw
 from .sharding import weights_of, whole
 
@@ -44,6 +45,7 @@ def training_steps(
     timestep_sampler: Any = None,
     stratified: bool = False,
     random_flip: bool = False,
+    augment_share: float = 0.0,
     label_dropout: float = 0.0,
     null_label: int = 0,
     max_grad_norm: float = 1.0,
@@ -53,8 +55,7 @@ def training_steps(
 
     Args:
         model, optimizer: prepared by `accelerator`; `model(x_t, t, class_labels=...).sample` is the prediction.
-        scheduler: the noise scheduler (forward process).
-        lr_scheduler: its `step()` is called after each optimiser step.
+        scheduler, lr_scheduler: the noise scheduler (forward process); `step()` of the other is called after each step.
         batches: images uint8 (B, C, H, W) and labels int64 (B,) or None; an infinite iterator.
         accelerator: its `gradient_accumulation_steps` batches make one step.
         loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
@@ -62,17 +63,17 @@ def training_steps(
         seed, timestep_sampler, stratified: seed of the random draws (`randomness.draw`), what draws t (None: uniform),
             and whether the timesteps of a global batch are evenly spaced rather than independent.
         random_flip: whether pictures are flipped left-right at random.
+        augment_share: share of the run, from its first step, in which pictures are changed by `augmentation.augmented`.
         label_dropout, null_label: probability of replacing a label by `null_label`, for classifier-free guidance.
         max_grad_norm, memory_format: norm that gradients are clipped to; memory layout of x_t.
     """
     timestep_sampler = timestep_sampler or UniformSampler(len(scheduler))
     for step in range(first_step, max_train_steps):
-        timesteps, losses = [], []
+        timesteps, losses, augment = [], [], step < augment_share * max_train_steps
         for batch in range(accelerator.gradient_accumulation_steps):
             images, labels = next(batches)
-            positions, global_batch = _in_global_batch(accelerator, batch, len(images))
-            draws = draw(seed, step, positions, images.shape[1:], accelerator.device, stratified and global_batch)
-            x_0 = _flipped(normalise(images.to(accelerator.device, non_blocking=True)), draws, random_flip)
+            draws = _draws(accelerator, batch, images, seed, step, stratified)
+            x_0 = _changed(normalise(images.to(accelerator.device, non_blocking=True)), draws, random_flip, augment)
             t, weights = timestep_sampler.sample(draws.timestep)
             x_t = scheduler.add_noise(x_0, draws.noise, t).to(memory_format=memory_format)
             condition = _condition(labels, draws, label_dropout, null_label)
@@ -91,15 +92,19 @@ def training_steps(
         yield TrainingStep(step + 1, timesteps, losses, grad_norm, skipped)
 
 
-def _in_global_batch(accelerator: Accelerator, batch: int, count: int) -> tuple[range, int]:
-    """Positions of the samples of this process's batch in the global batch, and the size of that."""
+def _draws(accelerator: Accelerator, batch: int, images: torch.Tensor, seed: int, step: int, stratified: bool) -> Draws:
+    """The random draws for a batch of this process, by the positions of its pictures in the global batch."""
+    count = len(images)
     first = (batch * accelerator.num_processes + accelerator.process_index) * count
-    return range(first, first + count), count * accelerator.num_processes * accelerator.gradient_accumulation_steps
+    strata = count * accelerator.num_processes * accelerator.gradient_accumulation_steps if stratified else 0
+    return draw(seed, step, range(first, first + count), images.shape[1:], accelerator.device, strata)
 
 
-def _flipped(x_0: torch.Tensor, draws: Draws, random_flip: bool) -> torch.Tensor:
-    """The pictures, each mirrored left-right with probability 1/2 if `random_flip`."""
-    return torch.where((draws.flip < 0.5).view(-1, 1, 1, 1), x_0.flip(-1), x_0) if random_flip else x_0
+def _changed(x_0: torch.Tensor, draws: Draws, random_flip: bool, augment: bool) -> torch.Tensor:
+    """The pictures, mirrored left-right with probability 1/2 if `random_flip`, and augmented if `augment`."""
+    if random_flip:
+        x_0 = torch.where((draws.flip < 0.5).view(-1, 1, 1, 1), x_0.flip(-1), x_0)
+    return augmented(x_0, draws.changes) if augment else x_0
 
 
 def _condition(

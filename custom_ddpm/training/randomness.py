@@ -20,6 +20,7 @@ class Draws(NamedTuple):
     label: torch.Tensor  # float32 (B,) in [0, 1)
     noise: torch.Tensor  # float32 (B, C, H, W), ε of F2
     dropout_seed: int  # for the whole batch: that of its first sample
+    changes: torch.Tensor  # float32 (B, 7) in [0, 1), for `augmentation.augmented`; on the CPU
 
 
 def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: torch.device, strata: int = 0) -> Draws:
@@ -50,7 +51,10 @@ def draw(seed: int, step: int, positions: range, shape: Sequence[int], device: t
     for row, word in zip(noise, words[:, 3].tolist(), strict=True):
         row.normal_(generator=generator.manual_seed(word))
     timestep, flip, label = torch.from_numpy(uniforms).to(device, non_blocking=True).unbind()
-    return Draws(timestep, flip, label, noise, words[0, 4].item())
+    # The third word separates these draws from the others, to which they were added later.
+    every = np.random.Philox(np.random.SeedSequence([seed, step, 1])).random_raw((positions.stop, 7))
+    changes = torch.from_numpy((every[positions.start :] >> 40).astype(np.float32) / 2**24)
+    return Draws(timestep, flip, label, noise, words[0, 4].item(), changes)
 
 
 def sample_positions(accelerator: Accelerator, batch_size: int, start: int) -> Iterator[range]:

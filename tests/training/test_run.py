@@ -39,6 +39,7 @@ from custom_ddpm.hub import verify_repository
 from custom_ddpm.recipe import Facts, before_data, complete
 from custom_ddpm.training import build, loop, parts, preview
 from custom_ddpm.training import run as run_module
+from custom_ddpm.training.augmentation import augmented
 from custom_ddpm.training.checkpoint import find_checkpoint, list_checkpoints
 from custom_ddpm.training.parts import build_scheduler, build_unet
 from custom_ddpm.training.randomness import draw
@@ -130,6 +131,8 @@ def plain_loop(config, device=CPU):
             for i, u in enumerate(chance.flip.tolist()):
                 if config.random_flip and u < 0.5:
                     x_0[i] = x_0[i].flip(-1)
+            if step < config.augment_share * config.max_train_steps:
+                x_0 = augmented(x_0.float(), chance.changes).double()
             t = [math.floor(u * config.ddpm_num_steps) for u in chance.timestep.tolist()]
             scale = alpha_bar[t].view(-1, 1, 1, 1)
             x_t = scale.sqrt() * x_0 + (1 - scale).sqrt() * chance.noise
