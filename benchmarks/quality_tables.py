@@ -32,11 +32,22 @@ def _shown(name: str) -> str:
     return f"custom-ddpm, {name}" if name in OURS else name
 
 
+def _place(name: str) -> tuple[bool, bool, str]:
+    """Where a contender stands: the default recipe first, then the others of this package."""
+    return name != "default", name not in OURS, name
+
+
+def _file(folder: Path, name: str, minutes: float) -> Path:
+    """The pictures of a contender after a number of minutes."""
+    words = "".join(letter if letter.isalnum() else "-" for letter in name)
+    return folder / f"{words}-{minutes:g}-0.npz"
+
+
 def table(rows: list[Row]) -> str:
     """One line for each contender and number of minutes, with the ratio of its distance to the default recipe's."""
     ours = {row["minutes"]: _distance(row)[0] for row in rows if row["name"] == "default" and row["seed"] == 0}
     lines = ["| contender | parameters | minutes | pictures seen | TFLOP | FD | ± | FD / ours |", "|---|" + "---:|" * 7]
-    for row in sorted(rows, key=lambda row: (row["name"] != "default", row["name"], row["minutes"], row["seed"])):
+    for row in sorted(rows, key=lambda row: (*_place(row["name"]), row["minutes"], row["seed"])):
         value, error = _distance(row)
         ratio = f"{value / ours[row['minutes']]:.1f}" if row["minutes"] in ours else "–"
         seed = f", seed {row['seed']}" if row["seed"] else ""
@@ -55,7 +66,7 @@ def curves(rows: list[Row], file: Path) -> None:
         "pictures seen": lambda row: row["pictures"],
         "floating point operations": lambda row: row["pictures"] * row["flops_per_picture"],
     }
-    names = sorted({row["name"] for row in rows}, key=lambda name: (name != "default", name))
+    names = sorted({row["name"] for row in rows}, key=_place)
     for axis, (label, cost) in zip(axes, costs.items(), strict=True):
         for index, name in enumerate(names):
             mine = [row for row in rows if row["name"] == name and row["pictures"]]
@@ -77,10 +88,11 @@ def curves(rows: list[Row], file: Path) -> None:
 
 
 def pictures(rows: list[Row], folder: Path, file: Path, columns: int = 5, lines: int = 3) -> None:
-    """A field of samples for each contender (down) and number of minutes (across)."""
-    names = sorted({row["name"] for row in rows}, key=lambda name: (name != "default", name))
-    measured = [row["minutes"] for row in rows if row["seed"] == 0]
-    minutes = sorted({each for each in measured if measured.count(each) > 1})  # of which there is something to compare
+    """Samples of the contenders (down) and numbers of minutes (across) of which there is something to compare."""
+    names, minutes = sorted({row["name"] for row in rows}, key=_place), sorted({row["minutes"] for row in rows})
+    there = {(name, each) for name in names for each in minutes if _file(folder, name, each).is_file()}
+    names = [name for name in names if sum(name == other for other, _ in there) > 1]
+    minutes = [each for each in minutes if sum(each == other for _, other in there) > 2]
     size = (2.5 * len(minutes), 1.62 * len(names) + 0.3)
     figure, axes = plt.subplots(len(names), len(minutes), figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
@@ -90,12 +102,10 @@ def pictures(rows: list[Row], folder: Path, file: Path, columns: int = 5, lines:
         for j, each in enumerate(minutes):
             if i == 0:
                 axes[i, j].set_title(f"{each:g} min", fontsize=10)
-            words = "".join(letter if letter.isalnum() else "-" for letter in name)
-            path = folder / f"{words}-{each:g}-0.npz"
-            if not path.is_file():
+            if (name, each) not in there:
                 axes[i, j].text(0.5, 0.5, "not measured", ha="center", va="center", color="gray", fontsize=8)
                 continue
-            drawn = np.load(path)["arr_0"][: columns * lines]
+            drawn = np.load(_file(folder, name, each))["arr_0"][: columns * lines]
             field = drawn.reshape(lines, columns, *drawn.shape[1:]).swapaxes(1, 2)
             field = field.reshape(lines * drawn.shape[1], columns * drawn.shape[2], *drawn.shape[3:])
             axes[i, j].imshow(field, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
