@@ -32,7 +32,8 @@ def test_the_pages_of_a_freed_tensor_are_used_again():
 
     pages = 16 * 2**20 * 4 // 2**21  # the largest pages that a system may use
     assert faults("leave") >= pages
-    assert faults("keep") < pages / 4
+    # The least of three: a system that takes idle pages away does so in between too.
+    assert min(faults("keep") for _ in range(3)) < pages / 4
 
 
 def test_a_c_library_without_the_settings_changes_nothing(monkeypatch):
