@@ -19,7 +19,8 @@ def faults():  # pages that the system had to supply while a tensor of 64 MB was
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-print(min(faults() for _ in range(5)))
+# Small objects between them keep the first places apart, each too small for the tensor with what its alignment needs.
+print(min(faults() for _ in range(20)))
 """
 
 
@@ -32,8 +33,7 @@ def test_the_pages_of_a_freed_tensor_are_used_again():
 
     pages = 16 * 2**20 * 4 // 2**21  # the largest pages that a system may use
     assert faults("leave") >= pages
-    # The least of three: a system that takes idle pages away does so in between too.
-    assert min(faults("keep") for _ in range(3)) < pages / 4
+    assert faults("keep") < pages / 4
 
 
 def test_a_c_library_without_the_settings_changes_nothing(monkeypatch):
