@@ -118,14 +118,18 @@ def _down_block_types(facts: Facts, config: TrainingConfig) -> list[str]:
     return ["DownBlock2D"] * (levels - 1) + [last]
 
 
+def _are_few(facts: Facts) -> bool:
+    return facts.num_images is not None and facts.num_images < FEW_PICTURES
+
+
 def _dropout(facts: Facts, config: TrainingConfig) -> float:
     """Few pictures are seen hundreds of times in a run, and the held-out loss rises from a hundred times on."""
-    return 0.1 if facts.num_images is not None and facts.num_images < FEW_PICTURES else 0.0
+    return 0.1 if _are_few(facts) else 0.0
 
 
 def _augment_share(facts: Facts, config: TrainingConfig) -> float:
     """Few pictures are changed at random, until the learning rate falls: what is learned then is drawn."""
-    return 0.6 if facts.num_images is not None and facts.num_images < FEW_PICTURES else 0.0
+    return 0.6 if _are_few(facts) else 0.0
 
 
 def _num_inference_steps(facts: Facts, config: TrainingConfig) -> int:

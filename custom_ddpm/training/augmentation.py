@@ -8,8 +8,8 @@ they are.
 import torch
 import torch.nn.functional as F
 
-MIRRORED = 0.5  # share of the pictures; each other change is made to a third of them, independently
-CHANGED = 0.3
+MIRRORED = 0.5  # share of the pictures
+CHANGED = 0.3  # share of the pictures for each shift and for the scale, independently
 SHIFT = 0.125  # largest one, of height and width
 SCALE = 0.2  # largest one, as the logarithm to base 2
 
