@@ -55,7 +55,7 @@ def training_steps(
 
     Args:
         model, optimizer: prepared by `accelerator`; `model(x_t, t, class_labels=...).sample` is the prediction.
-        scheduler, lr_scheduler: of the noise (forward process); of the learning rate, stepped after each optimiser step.
+        scheduler, lr_scheduler: of the noise (forward process); of the learning rate, stepped after every step.
         batches: images uint8 (B, C, H, W) and labels int64 (B,) or None; an infinite iterator.
         accelerator: its `gradient_accumulation_steps` batches make one step.
         loss: (scheduler, model_output, x_0, ε, x_t, t) -> losses (B,), such as `objective.diffusion_loss`.
